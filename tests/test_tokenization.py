@@ -235,6 +235,12 @@ class TestNucleotides:
         )
         assert caught[0].filename == __file__
 
+    def test_encode_and_tokenize_count_like_a_call(self, nucleotides):
+        for encode in (nucleotides, nucleotides.encode, nucleotides.tokenize):
+            with pytest.warns(ReplacedNucleotideWarning, match="^1 of 8 ") as caught:
+                encode("A[MASK]R")
+            assert caught[0].filename == __file__
+
     def test_nothing_replaced_gives_no_warning(self, nucleotides):
         nucleotides([random_dna(0, 1000, "ACGTNacgtn"), "", "AC[MASK]G[CLS]"])
         nucleotides([["AC", "GT"]], is_split_into_words=True)
