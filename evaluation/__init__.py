@@ -1,0 +1,1 @@
+"""Measure models: perplexity of any causal language model, classical baselines, one-page reports with plots."""
