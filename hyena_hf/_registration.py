@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make transformers' Auto classes find our models, without importing the models.
+
+`AutoModel.register` takes the class itself, and importing a modeling file costs seconds. transformers' own models are
+entered by name instead and imported on first use; ours are entered in the same tables in the same way.
+"""
+
+import sys
+
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto import modeling_auto
+
+from .configuration_hyena import HyenaConfig
+from .tokenization_byte import HyenaByteTokenizer
+from .tokenization_nucleotide import HyenaNucleotideTokenizer
+
+
+_MODELS = {"MODEL_MAPPING": "HyenaModel", "MODEL_FOR_CAUSAL_LM_MAPPING": "HyenaForCausalLM"}
+
+
+def register() -> None:
+    """Enter config, models and tokenizers; calling it twice does no harm."""
+    model_type = HyenaConfig.model_type
+    AutoConfig.register(model_type, HyenaConfig, exist_ok=True)
+    for table, class_name in _MODELS.items():
+        getattr(modeling_auto, f"{table}_NAMES")[model_type] = class_name
+        mapping = getattr(modeling_auto, table)
+        mapping._reverse_config_mapping[HyenaConfig.__name__] = model_type
+        mapping._modules[model_type] = sys.modules["hyena_hf"]
+    # the class registered last serves folders that do not name their tokenizer
+    for tokenizer in (HyenaNucleotideTokenizer, HyenaByteTokenizer):
+        AutoTokenizer.register(HyenaConfig, tokenizer_class=tokenizer, exist_ok=True)

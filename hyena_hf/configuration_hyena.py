@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Describe a Hyena model: widths, the mixer of every layer, the filter of every Hyena layer.
+
+The config refuses what cannot work. A wrong type raises `TypeError`, an impossible shape or an unknown key
+`ValueError`; both name the value, what was expected and what to do.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+
+
+LAYER_TYPES = ("hyena", "full_attention", "sliding_attention")
+FILTER_TYPES = ("implicit", "explicit")
+
+# Keys that transformers itself passes or stores beside the fields of a config.
+_TRANSFORMERS_KEYS = frozenset(
+    {
+        "_attn_implementation_internal",
+        "_commit_hash",
+        "_experts_implementation_internal",
+        "_name_or_path",
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "is_encoder_decoder",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "quantization_config",
+        "rope_scaling",
+        "rope_theta",
+        "torch_dtype",
+    }
+)
+
+
+def _plain_errors(method: Callable) -> Callable:
+    """Turn the errors of `@strict`, which are neither ValueError nor TypeError, into the one that caused them."""
+
+    @wraps(method)
+    def wrapper(self: "HyenaConfig", *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            cause = error.__cause__
+            kind = TypeError if isinstance(cause, TypeError) else ValueError
+            raise kind(f"HyenaConfig: {cause or error}") from None
+
+    return wrapper
+
+
+def _refuse_unknown(keys: set[str], known: set[str]) -> None:
+    unknown = sorted(keys - _TRANSFORMERS_KEYS - known)
+    if not unknown:
+        return
+    near = difflib.get_close_matches(unknown[0], known, n=1)
+    remedy = f"did you mean {near[0]!r}?" if near else "the fields are listed in the docstring of HyenaConfig"
+    raise ValueError(f"HyenaConfig has no field {', '.join(map(repr, unknown))}; {remedy}")
+
+
+@strict
+class HyenaConfig(PreTrainedConfig):
+    r"""Configuration of a Hyena language model.
+
+    Hyena: Poli et al. 2023, arXiv 2302.10866. MultiHyena heads: Massaroli et al. 2023, arXiv 2310.18780. The defaults
+    are the published 153M language model (safari, `hyena-small-150b-tok`).
+
+    Args:
+        vocab_size (`int`): Number of token ids.
+        hidden_size (`int`): Model width D.
+        num_hidden_layers (`int`): Number of blocks.
+        intermediate_size (`int`): Width of the MLP inside a block.
+        max_position_embeddings (`int`): Filter length l_max: filter time runs from 0 to 1 over this many tokens.
+        order (`int`): Number of gated steps N >= 2; a layer has N gates and N - 1 long convolutions.
+        num_heads (`int`, *optional*): Filters per long convolution. None means `hidden_size`, plain Hyena; fewer heads
+            are MultiHyena, which is defined for order 2 only.
+        layer_types (`list[str]`, *optional*): Mixer of every layer: `"hyena"` (default), `"full_attention"` or
+            `"sliding_attention"`.
+        filter_types (`list[str]`, *optional*): Filter of every layer, read where the mixer is `"hyena"`:
+            `"implicit"` (default) or `"explicit"`.
+        filter_length (`int` or `list[int]`, *optional*): Number of taps (one value, or one a layer). An explicit
+            filter has this many parameters a head (None: `max_position_embeddings`); an implicit one is zero from this
+            lag on (None: never), a partial convolution.
+        filter_hidden_size (`int`): Width of the filter's sine MLP.
+        filter_num_layers (`int`): Linear layers of the filter's MLP, first and last included; at least 2.
+        filter_num_bands (`int`): K frequency bands give 2K + 1 positional features.
+        trainable_positional_features (`bool`): Learn the positional features (a table of
+            `max_position_embeddings` rows) instead of computing them; such a model takes no longer input.
+        sine_frequency (`float`): Initial frequency of the sine activations.
+        modulation (`bool`): Multiply implicit filters by a decaying exponential window.
+        fast_decay, slow_decay (`float`): Shares of l_max after which the fastest and the slowest window reach
+            `modulation_target`.
+        modulation_target (`float`): Value of the windows there, between 0 and 1.
+        modulation_shift (`float`): Constant added to every window (0.05 in the published HyenaDNA inference code).
+        short_conv_kernel (`int`): Taps of the depthwise convolution before the gates.
+        norm_type (`str`): `"layer_norm"` or `"rms_norm"`.
+        norm_eps (`float`): Epsilon of all norms.
+        hidden_act (`str`): Activation of the MLP, a name of `transformers.activations.ACT2FN`.
+        gated_mlp (`bool`): `down(act(gate(x)) * up(x))` instead of `down(act(up(x)))`.
+        mlp_bias (`bool`): Biases in the MLP.
+        use_bias (`bool`): Biases in the projections of all mixers and in the short convolution.
+        num_attention_heads (`int`, *optional*): Query heads of attention layers (None: `hidden_size // 64`, at
+            least 1).
+        num_key_value_heads (`int`, *optional*): Key-value heads (None: as many as query heads).
+        head_dim (`int`, *optional*): Width of an attention head (None: `hidden_size // num_attention_heads`).
+        sliding_window (`int`, *optional*): Tokens that a `"sliding_attention"` layer sees, the current one included.
+        rope_parameters (`dict`, *optional*): Rotary position embedding of the attention layers, in transformers' form.
+        beyond_trained_length (`str`): What to do with inputs longer than `max_position_embeddings`: `"extrapolate"`
+            or `"refuse"`.
+        residual_in_fp32 (`bool`): Keep the residual stream of a half-precision model in float32.
+        initializer_range (`float`): Standard deviation of the initial weights.
+        embed_dropout, resid_dropout, hyena_dropout, attention_dropout (`float`): Dropout after the embedding, after
+            mixers and MLPs, on the gated inputs of the long convolutions, on attention weights.
+        use_cache (`bool`): Return a cache from `forward` unless told otherwise.
+        tie_word_embeddings (`bool`): Share the embedding with the language-model head.
+        pad_token_id, bos_token_id, eos_token_id: Special token ids.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: An unknown key, or fields that contradict each other.
+    """
+
+    model_type = "hyena"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' own spelling)
+
+    vocab_size: int = 50264
+    hidden_size: int = 864
+    num_hidden_layers: int = 18
+    intermediate_size: int = 1728
+    max_position_embeddings: int = 2048
+    order: int = 2
+    num_heads: int | None = None
+    layer_types: list[str] | None = None
+    filter_types: list[str] | None = None
+    filter_length: int | list[int] | None = None
+    filter_hidden_size: int = 64
+    filter_num_layers: int = 4
+    filter_num_bands: int = 16
+    trainable_positional_features: bool = False
+    sine_frequency: float | int = 14.0
+    modulation: bool = True
+    fast_decay: float | int = 0.3
+    slow_decay: float | int = 1.5
+    modulation_target: float = 1e-2
+    modulation_shift: float | int = 0.0
+    short_conv_kernel: int = 3
+    norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    norm_eps: float = 1e-5
+    hidden_act: str = "gelu_pytorch_tanh"
+    gated_mlp: bool = False
+    mlp_bias: bool = True
+    use_bias: bool = True
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    sliding_window: int | None = None
+    rope_parameters: dict | None = None
+    beyond_trained_length: Literal["extrapolate", "refuse"] = "extrapolate"
+    residual_in_fp32: bool = False
+    initializer_range: float = 0.02
+    embed_dropout: float | int = 0.0
+    resid_dropout: float | int = 0.0
+    hyena_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        _refuse_unknown(set(kwargs), {field.name for field in fields(self)})
+        if self.layer_types is None:
+            self.layer_types = ["hyena"] * self.num_hidden_layers
+        if self.filter_types is None:
+            self.filter_types = ["implicit"] * self.num_hidden_layers
+        if self.num_attention_heads is None:
+            self.num_attention_heads = max(1, self.hidden_size // 64)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_filters(self) -> int:
+        """Filters per long convolution: `num_heads`, or one a channel in plain Hyena."""
+        return self.hidden_size if self.num_heads is None else self.num_heads
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether any layer is an attention layer."""
+        return any(layer_type != "hyena" for layer_type in self.layer_types or ())
+
+    def filter_support(self, layer: int) -> int | None:
+        """Taps of the filter of one layer; None where it never ends."""
+        length = self.filter_length[layer] if isinstance(self.filter_length, list) else self.filter_length
+        if length is None and self.filter_types is not None and self.filter_types[layer] == "explicit":
+            return self.max_position_embeddings
+        return length
+
+    # `@strict` runs every `validate_*` method; these two replace transformers' own of the same name, whose list of
+    # layer types is closed.
+    def validate_layer_type(self) -> None:
+        """Refuse lists of another length than the model and entries that name no mixer or filter."""
+        for name, allowed in (("layer_types", LAYER_TYPES), ("filter_types", FILTER_TYPES)):
+            entries = getattr(self, name)
+            if len(entries) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} has {len(entries)} entries for num_hidden_layers ({self.num_hidden_layers}); give one a layer"
+                )
+            for entry in entries:
+                if entry not in allowed:
+                    raise ValueError(f"{name} holds {entry!r}; choose each entry from {', '.join(allowed)}")
+        if isinstance(self.filter_length, list) and len(self.filter_length) != self.num_hidden_layers:
+            raise ValueError(
+                f"filter_length has {len(self.filter_length)} entries for num_hidden_layers "
+                f"({self.num_hidden_layers}); give one number, or one a layer"
+            )
+
+    def validate_architecture(self) -> None:
+        """Refuse sizes that no model can have."""
+        self._validate_sizes()
+        self._validate_ranges()
+        self._validate_heads()
+        if self.has_attention:
+            self._validate_attention()
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; choose a name of transformers.activations.ACT2FN")
+
+    def validate_token_ids(self) -> None:
+        """Refuse special tokens outside the vocabulary."""
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            for token in value if isinstance(value, list) else [value]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(
+                        f"{name} ({token}) lies outside the vocabulary of {self.vocab_size}; raise vocab_size or choose "
+                        f"an id below it"
+                    )
+
+    def _validate_sizes(self) -> None:
+        least = {"order": 2, "filter_num_layers": 2}
+        names = (
+            *("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"),
+            *("order", "num_heads", "filter_hidden_size", "filter_num_layers", "filter_num_bands"),
+            *("short_conv_kernel", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
+        )
+        lengths = self.filter_length if isinstance(self.filter_length, list) else [self.filter_length]
+        values = [(name, getattr(self, name)) for name in names] + [("filter_length", length) for length in lengths]
+        for name, value in values:
+            if isinstance(value, bool):
+                raise TypeError(f"{name} is {value}; give a whole number")
+            if value is not None and value < least.get(name, 1):
+                raise ValueError(f"{name} ({value}) must be at least {least.get(name, 1)}")
+
+    def _validate_ranges(self) -> None:
+        for name in ("fast_decay", "slow_decay", "norm_eps", "initializer_range"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be above 0")
+        if not 0 < self.modulation_target < 1:
+            raise ValueError(f"modulation_target ({self.modulation_target}) must lie between 0 and 1")
+        for name in ("embed_dropout", "resid_dropout", "hyena_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0 and below 1")
+
+    def _validate_heads(self) -> None:
+        if self.hidden_size % self.num_filters:
+            lower = next(heads for heads in range(self.num_filters, 0, -1) if self.hidden_size % heads == 0)
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_filters}); choose "
+                f"num_heads={lower} or another hidden_size"
+            )
+        if self.num_filters < self.hidden_size and self.order != 2:
+            raise ValueError(
+                f"num_heads ({self.num_heads}) below hidden_size ({self.hidden_size}) needs order 2, got order "
+                f"{self.order}; leave num_heads out or set order=2"
+            )
+
+    def _validate_attention(self) -> None:
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if heads % groups:
+            raise ValueError(
+                f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({groups}); choose a divisor"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim ({self.head_dim}) must be even for rotary embeddings; set head_dim or num_attention_heads "
+                f"({heads}) so that it is"
+            )
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("layer_types holds 'sliding_attention' but sliding_window is None; set sliding_window")
+        rope_type = self.rope_parameters["rope_type"]
+        if rope_type in ("dynamic", "longrope"):
+            raise ValueError(
+                f"rope_parameters has rope_type {rope_type!r}, which turns keys by the length of the longest sequence "
+                f"in a batch; choose one that does not ('default', 'linear', 'llama3', 'yarn')"
+            )
+
+
+HyenaConfig.__init__ = _plain_errors(HyenaConfig.__init__)
+HyenaConfig.__setattr__ = _plain_errors(HyenaConfig.__setattr__)
+HyenaConfig.validate = _plain_errors(HyenaConfig.validate)
+
+__all__ = ["HyenaConfig"]

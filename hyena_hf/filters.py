@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The long filters of Hyena layers: modules whose `forward(length)` returns taps (order - 1, num_heads, length).
+
+An implicit filter (Poli et al. 2023, arXiv 2302.10866, section 3.3) is a function of time. With t_n = n / (M - 1) for
+lag n and trained length M, theta_{n,b} = 2 pi n f_b / M and f_b = linspace(1e-4, K - 1, K):
+
+    z_n = [t_n, cos theta_{n,1..K}, -sin theta_{n,1..K}]                positional features
+    h_n = MLP(z_n) * (exp(-t_n |decay|) + shift)                       sine MLP and exponential modulation
+
+so it does not depend on the length of the input: a shorter input uses a prefix. An explicit filter is its own taps.
+
+Filters stay in float32 when a model is moved to a half-precision dtype (float64 follows `double()`): rounding a tap to
+bfloat16 costs more than rounding a weight, since its error is summed over the whole sequence.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_hyena import HyenaConfig
+
+
+def _filter_dtype() -> torch.dtype:
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
+def filter_times(length: int, trained_length: int, device: torch.device | None = None) -> Tensor:
+    """Time of every lag in float32 (length,): 0 to 1 over the trained length, going on at the same pace behind it."""
+    times = torch.linspace(0, 1, trained_length, device=device)
+    if length <= trained_length:
+        return times[:length]
+    rest = torch.arange(trained_length, length, device=device, dtype=torch.float32)
+    return torch.cat([times, rest / max(trained_length - 1, 1)])
+
+
+def positional_features(
+    length: int, trained_length: int, num_bands: int, device: torch.device | None = None
+) -> Tensor:
+    """Features of every lag in float32, (length, 2 * num_bands + 1).
+
+    Published weights were trained on float32 angles, so they are formed in float32 here too: in float64 from the start
+    the features of a trained model would differ by 1e-6.
+    """
+    lags = torch.arange(length, device=device, dtype=torch.float32)
+    frequencies = torch.linspace(1e-4, num_bands - 1, num_bands, device=device)
+    angles = frequencies * (2 * math.pi * lags / trained_length).unsqueeze(-1)  # (length, K)
+    # the complex exponential of the published code: cosines of the same angles differ from it in the last bit
+    waves = torch.exp(-1j * angles)
+    times = filter_times(length, trained_length, device).unsqueeze(-1)
+    return torch.cat([times, waves.real, waves.imag], dim=-1)
+
+
+def decay_rates(config: HyenaConfig) -> Tensor:
+    """Rates of the exponential windows in float32, (order - 1, num_heads), from slow to fast over the packed axis."""
+    logarithm = math.log(config.modulation_target)
+    count = (config.order - 1) * config.num_filters
+    rates = torch.linspace(logarithm / config.slow_decay, logarithm / config.fast_decay, count)
+    return rates.view(config.order - 1, config.num_filters)
+
+
+class LongFilter(nn.Module):
+    """What all filters share: shape, support, and a dtype of at least float32.
+
+    Attributes:
+        support: Lag from which all taps are zero; None for a filter that never ends.
+        max_length: Longest filter that can be evaluated; None for no bound.
+    """
+
+    support: int | None = None
+    max_length: int | None = None
+
+    def forward(self, length: int) -> Tensor:
+        """Taps for lags 0 to length - 1, (order - 1, num_heads, length), float32 or float64."""
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(
+                f"a filter of {length} taps was asked for, but it was trained for {self.max_length} "
+                f"(max_position_embeddings); shorten the input, or set beyond_trained_length='extrapolate' where the "
+                f"positional features are not trained"
+            )
+        inside = length if self.support is None else min(length, self.support)
+        taps = self.taps(inside)
+        return taps if inside == length else nn.functional.pad(taps, (0, length - inside))
+
+    def taps(self, length: int) -> Tensor:
+        """Taps for lags 0 to length - 1 within the support."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def at_least_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if not moved.is_floating_point() or moved.dtype.itemsize >= 4:
+                return moved
+            return tensor.to(device=moved.device, dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+        return super()._apply(at_least_float32, recurse)
+
+
+class ImplicitFilter(LongFilter):
+    """Filters given by a sine MLP of time; formulas and source at the top of this file.
+
+    Args:
+        config: The model's config.
+        layer_idx: Layer that the filter belongs to.
+    """
+
+    def __init__(self, config: HyenaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.order, self.num_heads = config.order, config.num_filters
+        self.trained_length = config.max_position_embeddings
+        self.num_bands = config.filter_num_bands
+        self.shift = config.modulation_shift
+        self.support = config.filter_support(layer_idx)
+        dtype = _filter_dtype()
+        if config.beyond_trained_length == "refuse" or config.trainable_positional_features:
+            self.max_length = self.trained_length
+        if config.trainable_positional_features:
+            self.features = nn.Parameter(self.initial_features().to(dtype))
+        else:
+            self.features = None
+
+        width = config.filter_hidden_size
+        sizes = [2 * self.num_bands + 1, *[width] * (config.filter_num_layers - 1)]
+        outputs = (self.order - 1) * self.num_heads
+        self.layers = nn.ModuleList(nn.Linear(a, b, dtype=dtype) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.output = nn.Linear(width, outputs, bias=False, dtype=dtype)
+        # one frequency per hidden unit, shared by all layers as in the published models
+        self.frequency = nn.Parameter(torch.full((width,), float(config.sine_frequency), dtype=dtype))
+        # a buffer although computable: a published file may hold other rates
+        self.register_buffer("decay_rates", decay_rates(config).to(dtype) if config.modulation else None)
+
+    def initial_features(self) -> Tensor:
+        """The positional features that a trainable table starts from."""
+        return positional_features(self.trained_length, self.trained_length, self.num_bands)
+
+    def taps(self, length: int) -> Tensor:
+        device, dtype = self.frequency.device, self.frequency.dtype
+        if self.features is None:
+            x = positional_features(length, self.trained_length, self.num_bands, device).to(dtype)
+        else:
+            x = self.features[:length]
+        for layer in self.layers:
+            x = torch.sin(self.frequency * layer(x))
+        h = (self.output.weight @ x.mT).view(self.order - 1, self.num_heads, length)
+        if self.decay_rates is not None:
+            times = filter_times(length, self.trained_length, device).to(dtype)
+            h = h * (torch.exp(-self.decay_rates.abs().unsqueeze(-1) * times) + self.shift)
+        return h
+
+
+class ExplicitFilter(LongFilter):
+    """Filters whose taps are parameters.
+
+    Args:
+        config: The model's config; `filter_length` gives the number of taps.
+        layer_idx: Layer that the filter belongs to.
+    """
+
+    def __init__(self, config: HyenaConfig, layer_idx: int) -> None:
+        super().__init__()
+        support = config.filter_support(layer_idx)
+        assert support is not None  # noqa: S101 (the config gives explicit filters a length)
+        self.support = support
+        self.max_length = config.max_position_embeddings if config.beyond_trained_length == "refuse" else None
+        shape = config.order - 1, config.num_filters, support
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=_filter_dtype()))
+
+    def taps(self, length: int) -> Tensor:
+        return self.weight[..., :length]
+
+
+FILTERS: dict[str, type[LongFilter]] = {"implicit": ImplicitFilter, "explicit": ExplicitFilter}
+
+__all__ = ["ExplicitFilter", "ImplicitFilter", "LongFilter"]

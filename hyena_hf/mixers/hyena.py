@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hyena operator: projections, short convolution, gates and long convolutions.
+
+Poli et al. 2023, arXiv 2302.10866, definition 3.1, in the order of the published code, which has one long convolution
+less than the definition. With projections x_0 .. x_{N-1}, v of the input, all passed through the short convolution:
+
+    v <- h_o conv (x_i v) + skip_o (x_i v)    for i = N-1 .. 1, o = 0 .. N-2;     y = x_0 v
+
+MultiHyena (Massaroli et al. 2023, arXiv 2310.18780) at order 2 replaces the products of channels by outer products
+inside heads, see `hyena_hf.ops.multihead`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..cache import ExactHistory, HeadHistory, History, HyenaCacheLayer, NoMemory, Window
+from ..configuration_hyena import HyenaConfig
+from ..filters import FILTERS
+from ..ops import Segments, over_rows
+
+
+class ShortConv(nn.Module):
+    """Parameters of the depthwise convolution before the gates: weight (C, K), the last tap for the current token.
+
+    The weight stays in the model's dtype; products are formed in float32 at least.
+    """
+
+    def __init__(self, channels: int, taps: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, taps))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+
+
+class HyenaMixer(nn.Module):
+    """A Hyena operator of any order, or MultiHyena heads.
+
+    Args:
+        config: The model's config.
+        layer_idx: Layer that the mixer belongs to.
+    """
+
+    def __init__(self, config: HyenaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.order, self.width = config.order, config.hidden_size
+        self.num_heads = config.num_filters
+        self.dropout = config.hyena_dropout
+        channels = (config.order + 1) * config.hidden_size
+        self.in_proj = nn.Linear(config.hidden_size, channels, bias=config.use_bias)
+        self.short_conv = ShortConv(channels, config.short_conv_kernel, config.use_bias)
+        self.filter = FILTERS[config.filter_types[layer_idx]](config, layer_idx)
+        self.skip = nn.Parameter(torch.empty(config.order - 1, self.num_heads))
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
+
+    def make_histories(self, length: int | None, expected: int | None) -> list[History]:
+        """Empty histories for the short and each long convolution.
+
+        Args:
+            length: Capacity of a static cache, None for one that grows.
+            expected: Length to make room for at once.
+        """
+        fixed = length is not None
+        window = Window(self.short_conv.weight.shape[1] - 1, fixed=fixed)
+        if self.num_heads < self.width:
+            return [window, HeadHistory(length, fixed=fixed, capacity=expected, queries=self.width)]
+        long = [ExactHistory(length, fixed=fixed, capacity=expected) for _ in range(self.order - 1)]
+        return [window, *long]
+
+    def forward(
+        self, hidden_states: Tensor, segments: Segments | None = None, cache_layer: HyenaCacheLayer | None = None, **_
+    ) -> Tensor:
+        """Mix along the sequence.
+
+        Args:
+            hidden_states: (B, L, D).
+            segments: How the batch divides into sequences; None for a dense batch.
+            cache_layer: What this layer remembers of earlier calls, or None.
+
+        Returns:
+            (B, L, D).
+        """
+        if cache_layer is None:
+            memory = NoMemory(self.make_histories(None, None))
+            memory.taps.capacity = None if segments is None else segments.max_length
+        else:
+            memory = cache_layer
+            memory.attach(self.make_histories, hidden_states.shape[0], hidden_states.device)
+        operator = self.gated_convolutions if self.num_heads == self.width else self.head_convolution
+
+        def mix(rows: Tensor, counts: Tensor | None) -> Tensor:
+            # gates, filters and FFTs in float32 at least
+            x = rows.transpose(1, 2).to(torch.promote_types(rows.dtype, torch.float32))
+            y = operator(x, counts, memory)
+            return y.transpose(1, 2).to(rows.dtype)
+
+        return self.out_proj(over_rows(segments, mix, self.in_proj(hidden_states)))
+
+    def projections(self, x: Tensor, counts: Tensor | None, memory: HyenaCacheLayer | NoMemory) -> Tensor:
+        """Short convolution of the projections, (B, (N + 1) D, n)."""
+        weight, bias = self.short_conv.weight, self.short_conv.bias
+        return memory.push(0, x, counts, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def gated_convolutions(self, x: Tensor, counts: Tensor | None, memory: HyenaCacheLayer | NoMemory) -> Tensor:
+        """Order-N recurrence on rows x (B, (N + 1) D, n) -> (B, D, n)."""
+        *gates, v = self.projections(x, counts, memory).chunk(self.order + 1, dim=1)
+        for index, gate in enumerate(reversed(gates[1:])):
+            w = nn.functional.dropout(v * gate, self.dropout, self.training)
+            v = memory.push(index + 1, w, counts, memory.taps, self.filter, index, self.skip[index])
+        return gates[0] * v
+
+    def head_convolution(self, x: Tensor, counts: Tensor | None, memory: HyenaCacheLayer | NoMemory) -> Tensor:
+        """MultiHyena on rows x (B, 3 D, n) -> (B, D, n)."""
+        qkv = self.projections(x, counts, memory)
+        if self.training and self.dropout:
+            q, k, v = qkv.chunk(3, dim=1)
+            qkv = torch.cat([q, k, nn.functional.dropout(v, self.dropout)], dim=1)
+        return memory.push(1, qkv, counts, memory.taps, self.filter, 0, self.skip[0])
+
+
+__all__ = ["HyenaMixer", "ShortConv"]

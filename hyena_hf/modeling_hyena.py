@@ -1,0 +1,540 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hyena language models as transformers models.
+
+What differs from a Llama-style model:
+
+- the mixer of each layer is a Hyena operator (long convolutions and gates) or attention, as `config.layer_types` says;
+- there are no positions but for rotary attention: order lives in the filters;
+- padding, packing and caches are resolved once per `forward` into `Segments`; mixers see dense rows only;
+- filters stay in float32 whatever the dtype of the model.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.utils import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache import HyenaCacheLayer, adopt_cache
+from .configuration_hyena import HyenaConfig
+from .filters import ExplicitFilter, ImplicitFilter, decay_rates
+from .mixers import HyenaAttention, HyenaMixer, RotaryEmbedding
+from .mixers.attention import rotary_frequencies
+from .mixers.hyena import ShortConv
+from .ops import Segments
+from .ops.segments import build_segments, document_starts
+
+
+class HyenaRMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32 at least."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * exact.to(x.dtype)
+
+
+def make_norm(config: HyenaConfig) -> nn.Module:
+    """The norm that the config names."""
+    norm = nn.LayerNorm if config.norm_type == "layer_norm" else HyenaRMSNorm
+    return norm(config.hidden_size, eps=config.norm_eps)
+
+
+class HyenaMLP(nn.Module):
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated."""
+
+    def __init__(self, config: HyenaConfig) -> None:
+        super().__init__()
+        inner, bias = config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(config.hidden_size, inner, bias=bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(config.hidden_size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, config.hidden_size, bias=bias)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x)
+        inner = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x)) * up
+        return self.down_proj(inner)
+
+
+class HyenaDecoderLayer(GradientCheckpointingLayer):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: HyenaConfig, layer_idx: int) -> None:
+        super().__init__()
+        mixer = HyenaMixer if config.layer_types[layer_idx] == "hyena" else HyenaAttention
+        self.mixer_norm = make_norm(config)
+        self.mixer = mixer(config, layer_idx)
+        self.mlp_norm = make_norm(config)
+        self.mlp = HyenaMLP(config)
+        self.dropout = nn.Dropout(config.resid_dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        segments: Segments | None = None,
+        cache_layer: HyenaCacheLayer | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs,
+    ) -> Tensor:
+        # the residual stream may be wider (float32) than the weights
+        dtype = self.mlp_norm.weight.dtype
+        mixed = self.mixer(
+            self.mixer_norm(hidden_states.to(dtype)),
+            segments=segments,
+            cache_layer=cache_layer,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = hidden_states + self.dropout(mixed)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states.to(dtype))))
+
+
+class HyenaPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by all Hyena models."""
+
+    config: HyenaConfig
+    config_class = HyenaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HyenaDecoderLayer"]  # noqa: RUF012 (transformers' own spelling)
+    _skip_keys_device_placement = ["past_key_values", "cache_layer"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": HyenaDecoderLayer}  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["mixer.filter"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise one module.
+
+        | parameter | init | weight decay | learning rate |
+        |---|---|---|---|
+        | embed_tokens, lm_head, all projections: weight | N(0, r^2), r = initializer_range | yes | base |
+        | mixer.out_proj, mlp.down_proj: weight | N(0, r^2 / (2 num_hidden_layers)) | yes | base |
+        | projections: bias | 0 | no | base |
+        | norms: weight, bias | 1, 0 | no | base |
+        | mixer.short_conv: weight, bias | U(-1/sqrt(K), 1/sqrt(K)) | no | base |
+        | mixer.skip | N(0, 1) | no | base |
+        | mixer.filter.layers, mixer.filter.output | N(0, r^2), bias 0 | no | filter |
+        | mixer.filter.frequency | sine_frequency | no | filter |
+        | mixer.filter.features (where trained) | formula in filters.py | no | filter |
+        | mixer.filter.weight (explicit) | U(-1/sqrt(K), 1/sqrt(K)) | no | filter |
+        | mixer.filter.decay_rates (buffer) | formula in filters.py | | |
+
+        As in the published code (safari, `long_conv_lm.py`): its language-model init also redraws the filter's MLP.
+        """
+        super()._init_weights(module)
+        if isinstance(module, ShortConv):
+            bound = 1 / math.sqrt(module.weight.shape[1])
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, ImplicitFilter):
+            init.constant_(module.frequency, self.config.sine_frequency)
+            if module.features is not None:
+                init.copy_(module.features, module.initial_features())
+            if module.decay_rates is not None:
+                init.copy_(module.decay_rates, decay_rates(self.config))
+        elif isinstance(module, ExplicitFilter):
+            bound = 1 / math.sqrt(module.weight.shape[-1])
+            init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, RotaryEmbedding):
+            init.copy_(module.inv_freq, rotary_frequencies(self.config)[0])
+        elif isinstance(module, HyenaDecoderLayer):
+            # residual branches start smaller so that the stream's variance does not grow with depth
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.mixer.out_proj.weight, std=std)
+            init.normal_(module.mlp.down_proj.weight, std=std)
+        elif isinstance(module, HyenaMixer):
+            init.normal_(module.skip)
+
+    def parameter_policy(self) -> dict[str, tuple[bool, str]]:
+        """Weight decay (yes or no) and learning-rate group (`"base"` or `"filter"`) of every parameter, by name.
+
+        The table of `_init_weights`. Tied parameters appear once, under their first name.
+        """
+        policy = {}
+        for name, parameter in self.named_parameters():
+            if ".filter." in name:
+                policy[name] = False, "filter"
+            else:
+                policy[name] = parameter.ndim > 1 and not name.endswith((".skip", "short_conv.weight")), "base"
+        return policy
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args, output_loading_info: bool = False, **kwargs):
+        """Load a model as transformers does, but refuse a file that does not hold the whole model.
+
+        Raises:
+            ValueError: The weights are corrupt, truncated, or those of another model. A new task head on a complete
+                base model is no error.
+        """
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"the weights in {pretrained_model_name_or_path} are corrupt or truncated ({error}); copy them again or "
+                f"load an earlier checkpoint"
+            ) from error
+        base = f"{cls.base_model_prefix}."
+        inside = [key for key in model.state_dict() if key.startswith(base)] or list(model.state_dict())
+        parts = {key.removeprefix(base).split(".")[0] for key in inside}
+        missing = sorted(set(info["missing_keys"]) & set(inside))
+        foreign = sorted(key for key in info["unexpected_keys"] if key.removeprefix(base).split(".")[0] in parts)
+        if missing or foreign:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is no complete checkpoint of this {cls.__name__}: {len(missing)} "
+                f"tensors are missing (first {missing[:3]}), {len(foreign)} do not belong (first {foreign[:3]}); check "
+                f"that config.json and the weights come from the same model"
+            )
+        return (model, info) if output_loading_info else model
+
+
+def _check_stream(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, config: HyenaConfig
+) -> tuple[int, int, torch.device]:
+    if (input_ids is None) == (inputs_embeds is None):
+        given = "neither" if input_ids is None else "both"
+        raise ValueError(f"pass input_ids or inputs_embeds, exactly one of them; got {given}")
+    stream = input_ids if input_ids is not None else inputs_embeds
+    assert stream is not None  # noqa: S101 (narrows the type)
+    expected = 2 if input_ids is not None else 3
+    if stream.ndim != expected:
+        shape = "(batch, length)" if input_ids is not None else f"(batch, length, {config.hidden_size})"
+        raise ValueError(f"expected a tensor of shape {shape}, got {tuple(stream.shape)}")
+    batch, length = stream.shape[:2]
+    if batch == 0 or length == 0:
+        raise ValueError(f"empty input: batch {batch}, length {length}; both must be at least 1")
+    if input_ids is not None and input_ids.is_floating_point():
+        raise TypeError(f"input_ids must be integers, got {input_ids.dtype}")
+    # on accelerators the check would wait for the device at every step
+    if input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in input_ids.aminmax())
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(f"input_ids range from {low} to {high}, outside the vocabulary of {config.vocab_size}")
+    return batch, length, stream.device
+
+
+def _real_tokens(attention_mask: Tensor | None, batch: int, length: int, past: int | Tensor) -> Tensor | None:
+    """True where the new columns hold real tokens (B, L), or None when no mask was given."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(
+            f"attention_mask must be a 2-D tensor of shape (batch, past + new tokens), 1 for real tokens, got {got}"
+        )
+    if attention_mask.shape != (batch, int(past) + length):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but the batch has {batch} rows of {int(past)} "
+            f"cached and {length} new tokens; its shape must be {(batch, int(past) + length)}"
+        )
+    return attention_mask[:, -length:].bool()
+
+
+class HyenaModel(HyenaPreTrainedModel):
+    """Embedding, blocks and final norm; returns hidden states."""
+
+    def __init__(self, config: HyenaConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_dropout = nn.Dropout(config.embed_dropout)
+        self.layers = nn.ModuleList(HyenaDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = make_norm(config)
+        self.rotary_emb = RotaryEmbedding(config) if config.has_attention else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of a batch, whatever its padding or packing.
+
+        Args:
+            input_ids: Token ids (B, L), or give `inputs_embeds`.
+            attention_mask: 1 for real tokens (B, cached + L). Masked tokens do not exist: all others get the values of
+                the sequence without them; theirs are finite and unspecified.
+            position_ids: Positions for rotary attention (B, L). Without a mask and a cache, a document begins wherever
+                they do not rise by one.
+            past_key_values: Cache of earlier calls.
+            inputs_embeds: Embeddings (B, L, D).
+            use_cache: Return a cache. Packed batches without a cache of the caller's make none.
+            seq_idx: Number of the document of each token (B, L), for packed batches.
+            cu_seq_lens_q: Ends of the documents in the flattened batch, from 0 to B L, for packed batches.
+            kwargs: Handed to attention functions.
+
+        Returns:
+            `last_hidden_state` (B, L, D) and `past_key_values`.
+
+        Raises:
+            ValueError, TypeError: Inputs that contradict each other or the model.
+        """
+        batch, length, device = _check_stream(input_ids, inputs_embeds, self.config)
+        starts = self._documents(batch, length, attention_mask, position_ids, past_key_values, seq_idx, cu_seq_lens_q)
+        cache = self._cache(past_key_values, bool(use_cache) and starts is None, batch)
+        first = None if cache is None else cache.layers[0]
+        past = 0 if first is None else first.length
+        mask = _real_tokens(attention_mask, batch, length, past)
+        if mask is not None and bool(mask.all()):
+            mask = None
+        segments = build_segments(mask, starts, cached=cache is not None)
+        self._check_length(first, length if segments is None else segments.max_length, length)
+
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        hidden_states = self.embed_dropout(inputs_embeds)
+        position_embeddings = None
+        if self.rotary_emb is not None:
+            if position_ids is None:
+                position_ids = self._positions(first, segments, length, device)
+            position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
+        if self.config.residual_in_fp32:
+            hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+
+        for index, layer in enumerate(self.layers):
+            hidden_states = layer(
+                hidden_states,
+                segments=segments,
+                cache_layer=None if cache is None else cache.layers[index],
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        if cache is not None:
+            for cache_layer in cache.layers:
+                cache_layer.owner = id(self)
+                cache_layer.advance(length, mask)
+        hidden_states = self.norm(hidden_states.to(self.embed_tokens.weight.dtype))
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=cache)
+
+    def _documents(
+        self,
+        batch: int,
+        length: int,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        seq_idx: Tensor | None,
+        cu_seq_lens_q: Tensor | None,
+    ) -> Tensor | None:
+        """Starts of packed documents, or None."""
+        if position_ids is not None and position_ids.shape not in ((batch, length), (1, length)):
+            raise ValueError(f"position_ids must have shape {(batch, length)}, got {tuple(position_ids.shape)}")
+        told = attention_mask is not None or past_key_values is not None
+        starts = document_starts(
+            batch,
+            length,
+            seq_idx=seq_idx,
+            cu_seq_lens=cu_seq_lens_q,
+            position_ids=None if told or torch.compiler.is_exporting() else position_ids,
+        )
+        if starts is not None and past_key_values is not None:
+            raise ValueError(
+                "packed documents cannot share a cache with what follows them; leave past_key_values out, or give each "
+                "document its own row"
+            )
+        return starts
+
+    def _cache(self, cache: Cache | None, wanted: bool, batch: int) -> Cache | None:
+        if cache is None:
+            if not wanted:
+                return None
+            cache = DynamicCache(config=self.config)
+        if self.gradient_checkpointing and self.training:
+            raise ValueError("gradient checkpointing runs blocks twice, which a cache cannot follow; pass use_cache=False")
+        adopt_cache(cache, self.config, batch, id(self))
+        return cache
+
+    def _check_length(self, first: HyenaCacheLayer | None, new: int, columns: int) -> None:
+        """Refuse sequences beyond the trained length where the config says so, and beyond a static cache."""
+        if torch.compiler.is_compiling():
+            return
+        if first is not None and first.max_cache_len is not None and int(first.length) + columns > first.max_cache_len:
+            raise ValueError(
+                f"the static cache holds {first.max_cache_len} tokens, but {int(first.length)} + {columns} are asked "
+                f"for; make it longer or use a DynamicCache"
+            )
+        if self.config.beyond_trained_length != "refuse" and not self.config.trainable_positional_features:
+            return
+        past = 0 if first is None else int(torch.as_tensor(first.tokens).max())
+        if past + new > self.config.max_position_embeddings:
+            reason = "its positional features are a trained table"
+            if self.config.beyond_trained_length == "refuse":
+                reason = "beyond_trained_length is 'refuse'"
+            raise ValueError(
+                f"a sequence of {past + new} tokens exceeds max_position_embeddings "
+                f"({self.config.max_position_embeddings}), and {reason}; shorten it"
+            )
+
+    @staticmethod
+    def _positions(
+        first: HyenaCacheLayer | None, segments: Segments | None, length: int, device: torch.device
+    ) -> Tensor:
+        """Index of every token in its own sequence, (B, L) or (1, L)."""
+        if segments is None:
+            positions = torch.arange(length, device=device).unsqueeze(0)
+        else:
+            positions = segments.positions
+        if first is None:
+            return positions
+        seen = first.tokens
+        return positions + (seen.unsqueeze(-1) if isinstance(seen, Tensor) and seen.ndim else seen)
+
+
+class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
+    """A Hyena language model: `HyenaModel` and a linear head over the vocabulary."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+
+    def __init__(self, config: HyenaConfig) -> None:
+        super().__init__(config)
+        self.model = HyenaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the next token at every position; arguments as in `HyenaModel.forward`, and:
+
+        Args:
+            labels: Token ids (B, L), -100 where no loss is wanted; shifted inside, so pass the input ids.
+            logits_to_keep: Compute logits for the last so many positions only (0: all), or at given positions.
+
+        Returns:
+            `logits` (B, L, V), `loss` when labels are given, `past_key_values`.
+        """
+        self._check_labels(labels)
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if isinstance(logits_to_keep, int):
+            hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+        elif logits_to_keep.ndim == 2 and logits_to_keep.dtype == torch.bool:
+            hidden_states = hidden_states[logits_to_keep]
+        elif logits_to_keep.ndim == 2:
+            hidden_states = torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+        else:
+            hidden_states = hidden_states[:, logits_to_keep]
+        logits = self.lm_head(hidden_states)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _check_labels(self, labels: Tensor | None) -> None:
+        if labels is None or torch.compiler.is_compiling():
+            return
+        wrong = ((labels < 0) | (labels >= self.config.vocab_size)) & (labels != -100)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"labels hold {int(labels[wrong][0])}, outside the vocabulary of {self.config.vocab_size}; use -100 for "
+                f"positions without loss"
+            )
+
+    # generation
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict,
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Tell a new cache how long the generation can get, so that its buffers and filters are made once."""
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        cache = model_kwargs.get("past_key_values")
+        if cache is None or cache is given:
+            return
+        rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        adopt_cache(cache, self.config, rows, id(self.model))
+        lookup = generation_config.prompt_lookup_num_tokens or 0
+        for layer in cache.layers:
+            layer.max_pending = max(layer.max_pending, lookup + 1)
+            if layer.max_cache_len is None:
+                layer.expected_length = max_cache_length + 1 + lookup
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None, **_):
+        """Keep the 2-D mask where it says something about the new columns; a compiled step then needs none."""
+        if attention_mask is None or inputs_embeds is None:
+            return attention_mask
+        new = attention_mask[:, -inputs_embeds.shape[1] :]
+        return None if bool(new.all()) else attention_mask
+
+    def get_compiled_call(self, compile_config: Any) -> Callable:
+        """A compiled call for steps of one token; longer inputs (chunks of a prompt) run as they are."""
+        compiled = super().get_compiled_call(compile_config)
+
+        def call(*args, **kwargs):
+            input_ids = kwargs.get("input_ids")
+            step = input_ids is not None and input_ids.shape[1] == 1 and kwargs.get("attention_mask") is None
+            return compiled(*args, **kwargs) if step else self(*args, **kwargs)
+
+        return call
+
+
+__all__ = ["HyenaForCausalLM", "HyenaModel", "HyenaPreTrainedModel"]

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convolve long sequences causally in O(L log L).
+
+    y = postgate * (h conv w + direct * w),   w = pregate * u,   (h conv w)_t = sum_{s <= t} h_{t-s} w_s
+
+Poli et al. 2023, arXiv 2302.10866, equation 3 and section 3.3: the linear convolution is the circular one of inputs
+padded with zeros. Computed in float32 at least (float64 for float64 inputs), returned in the dtype of `u`.
+
+B batch, C channels, H filters, L length, K taps, n FFT length.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=1024)
+def _next_even_5_smooth(n: int) -> int:
+    best = 1 << (n - 1).bit_length() if n > 1 else 2
+    five = 1
+    while five < best:
+        three = five
+        while three < best:
+            rest = -(-n // three)
+            candidate = three << max((rest - 1).bit_length(), 1)
+            best = min(best, candidate)
+            three *= 3
+        five *= 5
+    return best
+
+
+def _is_11_smooth(n: int) -> bool:
+    for prime in (2, 3, 5, 7, 11):
+        while n % prime == 0:
+            n //= prime
+    return n == 1
+
+
+def fft_length(length: int, taps: int) -> int:
+    """Smallest convenient FFT size at which `length` inputs and `taps` taps do not wrap around.
+
+    FFT libraries are several times slower at sizes with large prime factors. Twice the length is kept where it has no
+    prime factor above 11, otherwise the next even number without prime factor above 5 is taken.
+    """
+    needed = length + taps - 1
+    if isinstance(needed, torch.SymInt):
+        return length + taps  # a symbolic length admits no search over factors
+    if taps == length and _is_11_smooth(2 * length):
+        return 2 * length
+    return _next_even_5_smooth(max(needed, 2))
+
+
+class _CausalConv(torch.autograd.Function):
+    """h conv w with the backward pass in real transforms; autograd's own would use complex ones of twice the size.
+
+    w (B, H, G, L) and h (H, K), same dtype, K <= L; G channels share a filter.
+    """
+
+    @staticmethod
+    def forward(ctx, w: Tensor, h: Tensor) -> Tensor:
+        length = w.shape[-1]
+        n = fft_length(length, h.shape[-1])
+        w_spectrum = torch.fft.rfft(w, n=n)
+        h_spectrum = torch.fft.rfft(h, n=n).unsqueeze(-2)
+        ctx.save_for_backward(w_spectrum, h_spectrum)
+        ctx.sizes = length, h.shape[-1], n
+        return torch.fft.irfft(w_spectrum * h_spectrum, n=n)[..., :length]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        w_spectrum, h_spectrum = ctx.saved_tensors
+        length, taps, n = ctx.sizes
+        # correlation with a signal is convolution with its reversal: the conjugate spectrum
+        spectrum = torch.fft.rfft(grad, n=n)
+        grad_w = grad_h = None
+        if ctx.needs_input_grad[0]:
+            grad_w = torch.fft.irfft(spectrum * h_spectrum.conj(), n=n)[..., :length]
+        if ctx.needs_input_grad[1]:
+            product = (spectrum * w_spectrum.conj()).sum(dim=(0, 2))
+            grad_h = torch.fft.irfft(product, n=n)[..., :taps]
+        return grad_w, grad_h
+
+
+def _check(u: Tensor, h: Tensor, direct: Tensor | None, gates: dict[str, Tensor | None], backend: str | None) -> None:
+    if backend not in (None, "torch"):
+        raise ValueError(f"causal_fftconv has no backend {backend!r}; choose 'torch' or leave it out")
+    tensors = {"u": u, "h": h, "direct": direct, **gates}
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"causal_fftconv takes real floating-point tensors, got {name} of {tensor.dtype}")
+        if tensor is not None and tensor.device != u.device:
+            raise ValueError(f"{name} lies on {tensor.device} but u on {u.device}; move them to one device")
+    if u.ndim != 3 or h.ndim != 2:
+        raise ValueError(f"expected u (B, C, L) and h (H, K), got u {tuple(u.shape)} and h {tuple(h.shape)}")
+    if min(u.shape[1:]) == 0 or min(h.shape) == 0:
+        raise ValueError(f"empty input: u {tuple(u.shape)}, h {tuple(h.shape)}; every size but the batch must be above 0")
+    if u.shape[1] % h.shape[0]:
+        raise ValueError(
+            f"channels of u ({u.shape[1]}) must be a multiple of the filters in h ({h.shape[0]}): channel c uses filter "
+            f"c // (C // H)"
+        )
+    if direct is not None and direct.shape != h.shape[:1]:
+        raise ValueError(f"direct must have shape ({h.shape[0]},), one value a filter, got {tuple(direct.shape)}")
+    for name, gate in gates.items():
+        if gate is not None and gate.shape != u.shape:
+            raise ValueError(f"{name} must have the shape of u, {tuple(u.shape)}, got {tuple(gate.shape)}")
+
+
+def causal_fftconv(
+    u: Tensor,
+    h: Tensor,
+    direct: Tensor | None = None,
+    *,
+    pregate: Tensor | None = None,
+    postgate: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Causal convolution of every channel with its filter, gates included.
+
+    Args:
+        u: Input, real, (B, C, L).
+        h: Filters, real, (H, K); channel c uses filter c // (C // H). K may be below or above L.
+        direct: Extra tap at lag 0, (H,).
+        pregate: Multiplies the input, (B, C, L).
+        postgate: Multiplies the output, (B, C, L).
+        backend: `"torch"`, or None to let the function choose.
+
+    Returns:
+        postgate * (h conv w + direct * w) with w = pregate * u, (B, C, L), dtype of `u`.
+
+    Raises:
+        ValueError: Shapes, devices or the backend do not fit.
+        TypeError: A tensor is complex or integer.
+
+    O(B C L log L) time. Differentiable once in all tensors; a second derivative raises.
+    """
+    _check(u, h, direct, {"pregate": pregate, "postgate": postgate}, backend)
+    dtype = torch.promote_types(torch.promote_types(u.dtype, h.dtype), torch.float32)
+    batch, channels, length = u.shape
+    filters, taps = h.shape[0], min(h.shape[1], length)
+
+    w = u.to(dtype) if pregate is None else u.to(dtype) * pregate.to(dtype)
+    w = w.reshape(batch, filters, channels // filters, length)
+    y = _CausalConv.apply(w, h[:, :taps].to(dtype))
+    if direct is not None:
+        y = torch.addcmul(y, w, direct.to(dtype).view(filters, 1, 1))
+    y = y.reshape(batch, channels, length)
+    if postgate is not None:
+        y = y * postgate.to(dtype)
+    return y.to(u.dtype)

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn any batch into dense rows for the operators that mix along the sequence, and back.
+
+A stream (B, L, C) may hold padding on either side, holes, or several documents in a row. Operators that mix along time
+see none of it: `over_rows` gathers every sequence into a dense row that starts at column 0, runs the operator, and
+scatters its outputs back to where the tokens stood. So a sequence's outputs cannot depend on its neighbours: masked
+tokens do not exist. Behind a row's last token lies anything finite: causal operators never look there, all others zero
+it by the row's count.
+
+Without a cache a row is a document, and documents are grouped by length so that short ones do not pay for long ones.
+With a cache a row is a row of the batch, because that is what the cache remembers.
+
+B batch, L length of the stream, R rows, n their width, M real tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the tokens of some dense rows stand in the flattened stream.
+
+    Attributes:
+        index: Stream position of every cell of the rows (R, n); cells behind a row's end repeat some token.
+        source: Stream positions of the real tokens (M,).
+        slot: Their cells in the flattened rows (M,).
+        counts: Real tokens of every row (R,).
+    """
+
+    index: Tensor
+    source: Tensor
+    slot: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A batch that is not dense, as groups of dense rows.
+
+    Attributes:
+        groups: Rows of similar length; with a cache exactly one group, row b being batch row b.
+        positions: Index of every token of the stream in its sequence (B, L); 0 for masked tokens.
+        max_length: Width of the widest row.
+    """
+
+    groups: tuple[Rows, ...]
+    positions: Tensor
+    max_length: int
+
+
+def over_rows(
+    segments: Segments | None, function: Callable[[Tensor, Tensor | None], Tensor], stream: Tensor
+) -> Tensor:
+    """Apply a sequence operator to the dense rows of a stream.
+
+    Args:
+        segments: How the stream divides; None for a dense batch, which is handed over as it is.
+        function: Maps rows (R, n, C) and their counts (R,), None when all rows are full, to rows (R, n, C').
+        stream: (B, L, C).
+
+    Returns:
+        (B, L, C'); zero for masked tokens.
+    """
+    if segments is None:
+        return function(stream, None)
+    batch, length, channels = stream.shape
+    flat = stream.reshape(batch * length, channels)
+    out = None
+    for group in segments.groups:
+        rows = flat.index_select(0, group.index.flatten()).view(*group.index.shape, channels)
+        result = function(rows, group.counts)
+        if out is None:
+            out = result.new_zeros(batch * length, result.shape[-1])
+        out = out.index_copy(0, group.source, result.flatten(0, 1).index_select(0, group.slot))
+    assert out is not None  # noqa: S101 (every segmentation has a group; narrows the type)
+    return out.view(batch, length, -1)
+
+
+def zero_tail(x: Tensor, counts: Tensor) -> Tensor:
+    """Zero what lies behind the end of every row: x (R, C, n), counts (R,)."""
+    columns = torch.arange(x.shape[-1], device=x.device)
+    return x.masked_fill((columns >= counts[:, None]).unsqueeze(1), 0)
+
+
+def segments_from_mask(mask: Tensor) -> Segments:
+    """One row per batch row, its tokens moved to the left: what a cache needs. mask (B, L), True for real tokens."""
+    batch, length = mask.shape
+    counts = mask.sum(dim=1)
+    width = max(int(counts.max()), 1)
+    order = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)[:, :width]
+    starts = torch.arange(batch, device=mask.device).unsqueeze(1)
+    row_positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    source = mask.flatten().nonzero().squeeze(1)
+    slot = (starts * width + row_positions).flatten()[source]
+    group = Rows(index=order + starts * length, source=source, slot=slot, counts=counts)
+    return Segments(groups=(group,), positions=row_positions * mask, max_length=width)
+
+
+def segments_from_documents(documents: Tensor, mask: Tensor) -> Segments:
+    """One row per document, grouped by powers of two of their length.
+
+    Args:
+        documents: Document number of every token (B, L), never decreasing along the flattened stream.
+        mask: True for real tokens (B, L).
+    """
+    device = mask.device
+    source = mask.flatten().nonzero().squeeze(1)
+    _, row_of_token, lengths = torch.unique_consecutive(
+        documents.flatten()[source], return_inverse=True, return_counts=True
+    )
+    starts = lengths.cumsum(0) - lengths
+    position = torch.arange(source.numel(), device=device) - starts[row_of_token]
+    positions = torch.zeros(mask.numel(), dtype=torch.long, device=device)
+    positions[source] = position
+
+    host_lengths = lengths.tolist()
+    size_class = torch.tensor([(length - 1).bit_length() for length in host_lengths], device=device)
+    groups = []
+    for size in sorted({(length - 1).bit_length() for length in host_lengths}):
+        members = (size_class == size).nonzero().squeeze(1)
+        width = max(length for length in host_lengths if (length - 1).bit_length() == size)
+        cells = torch.arange(width, device=device).minimum(lengths[members, None] - 1) + starts[members, None]
+        row = torch.full_like(lengths, -1)
+        row[members] = torch.arange(members.numel(), device=device)
+        tokens = (row[row_of_token] >= 0).nonzero().squeeze(1)
+        slot = row[row_of_token[tokens]] * width + position[tokens]
+        groups.append(Rows(index=source[cells], source=source[tokens], slot=slot, counts=lengths[members]))
+    if not groups:  # every token is masked: one cell to run on, nothing to scatter
+        nothing = torch.zeros(0, dtype=torch.long, device=device)
+        groups.append(Rows(torch.zeros(1, 1, dtype=torch.long, device=device), nothing, nothing, nothing.new_zeros(1)))
+    return Segments(
+        groups=tuple(groups), positions=positions.view(mask.shape), max_length=max(host_lengths, default=1)
+    )
+
+
+def _starts_from_seq_idx(seq_idx: Tensor, batch: int, length: int) -> Tensor:
+    if seq_idx.shape not in ((batch, length), (1, length)):
+        raise ValueError(f"seq_idx must have shape {(batch, length)}, that of the tokens, got {tuple(seq_idx.shape)}")
+    step = seq_idx.diff(dim=1)
+    if bool((step < 0).any()):
+        raise ValueError("seq_idx decreases within a row; number the documents of a row in order")
+    return torch.nn.functional.pad(step != 0, (1, 0), value=True).expand(batch, length)
+
+
+def _starts_from_cu_seq_lens(cu_seq_lens: Tensor, batch: int, length: int) -> Tensor:
+    total = batch * length
+    ends = cu_seq_lens.tolist()
+    if cu_seq_lens.ndim != 1 or not ends or ends[0] != 0 or ends[-1] != total or sorted(ends) != ends:
+        raise ValueError(
+            f"cu_seq_lens_q must rise from 0 to the number of tokens ({total}), got {ends[:3]} ... {ends[-1:]}; count "
+            f"every token of the batch once"
+        )
+    starts = torch.zeros(total + 1, dtype=torch.bool, device=cu_seq_lens.device)
+    starts[cu_seq_lens.long()] = True
+    return starts[:total].view(batch, length)
+
+
+def document_starts(
+    batch: int,
+    length: int,
+    *,
+    seq_idx: Tensor | None = None,
+    cu_seq_lens: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Tensor | None:
+    """Where documents begin, from any of the three usual descriptions of a packed batch.
+
+    Args:
+        batch, length: Shape of the stream.
+        seq_idx: Number of the document of each token (B, L) or (1, L).
+        cu_seq_lens: Ends of the documents in the flattened stream, from 0 to B * L.
+        position_ids: Positions (B, L) or (1, L); a document begins where they do not rise by one.
+
+    Returns:
+        (B, L) bool, or None when every row is one document.
+
+    Raises:
+        ValueError: A description contradicts the shape of the batch or itself.
+    """
+    found = []
+    if seq_idx is not None:
+        found.append(_starts_from_seq_idx(seq_idx, batch, length))
+    if cu_seq_lens is not None:
+        found.append(_starts_from_cu_seq_lens(cu_seq_lens, batch, length))
+    if position_ids is not None and length > 1:
+        resets = torch.nn.functional.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
+        found.append(resets.expand(batch, length))
+    if not found:
+        return None
+    starts = torch.stack([start.to(found[0].device) for start in found]).any(dim=0)
+    return starts if bool(starts[:, 1:].any()) else None
+
+
+def build_segments(mask: Tensor | None, starts: Tensor | None, *, cached: bool) -> Segments | None:
+    """Choose the rows of a batch.
+
+    Args:
+        mask: True for real tokens (B, L), or None.
+        starts: True where a document begins (B, L), or None when every row is one.
+        cached: Whether a cache follows the rows; then `starts` must be None.
+
+    Returns:
+        None when the batch is dense, so that nothing has to move.
+    """
+    if mask is not None and bool(mask.all()):
+        mask = None
+    if mask is None and starts is None:
+        return None
+    if cached:
+        assert mask is not None and starts is None  # noqa: S101, PT018 (the caller refused packing with a cache)
+        return segments_from_mask(mask)
+    if starts is None:
+        assert mask is not None  # noqa: S101 (narrows the type)
+        starts = torch.zeros_like(mask)
+    starts = starts.clone()
+    starts[:, 0] = True
+    if mask is None:
+        mask = torch.ones_like(starts)
+    return segments_from_documents(starts.flatten().cumsum(0).view(starts.shape), mask)

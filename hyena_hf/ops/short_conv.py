@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Depthwise causal convolution with a few taps, as a sum of shifted inputs.
+
+    y[b, c, t] = bias[c] + sum_k weight[c, k] x[b, c, t - (K - 1) + k]
+
+The last tap multiplies the current token, as in `torch.nn.Conv1d` padded on the left. A sum of K shifted products costs
+less than a grouped `conv1d` of that size.
+"""
+
+import torch
+from torch import Tensor
+
+
+def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, past: Tensor | None = None) -> Tensor:
+    """Convolve every channel with its own K taps.
+
+    Args:
+        x: Input (B, C, L).
+        weight: Taps (C, K).
+        bias: (C,) or None.
+        past: The K - 1 inputs before `x`, (B, C, K - 1); None means zeros.
+
+    Returns:
+        (B, C, L), dtype of `x` promoted with that of `weight`.
+    """
+    taps, length = weight.shape[1], x.shape[-1]
+    if past is None:
+        padded = torch.nn.functional.pad(x, (taps - 1, 0))
+    else:
+        padded = torch.cat([past.to(x.dtype), x], dim=-1)
+    y = padded[..., :length] * weight[:, :1]
+    for k in range(1, taps):
+        y = torch.addcmul(y, padded[..., k : k + length], weight[:, k : k + 1])
+    return y if bias is None else y + bias.unsqueeze(-1)
