@@ -558,7 +558,7 @@ def adopt_cache(cache: Cache, config: HyenaConfig, batch: int, owner: int) -> No
         )
     capacity = max((layer.get_max_length() for layer in cache.layers), default=-1)
     for index, layer in enumerate(cache.layers):
-        if type(layer) in _REPLACEABLE and not layer.is_initialized:
+        if type(layer) in _REPLACEABLE and not (layer.is_initialized and int(layer.get_seq_length())):
             ours = HyenaCacheLayer(max_cache_len=capacity if isinstance(layer, StaticLayer) else None)
             ours.record_past = getattr(layer, "record_past", False)
             cache.layers[index] = ours

@@ -1,17 +1,26 @@
+import json
 import math
+import re
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from evaluation.perplexity import bits_per_byte, sliding_windows
+from evaluation.perplexity import bits_per_byte, main, read_document, sliding_windows
+from hyena_hf import HyenaByteTokenizer, HyenaConfig, HyenaForCausalLM
 
 
-@pytest.fixture
-def model():
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=256, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.5)
+@pytest.fixture(params=["gpt2", "hyena"])
+def model(request):
+    if request.param == "gpt2":
+        config = GPT2Config(vocab_size=256, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.5)
+        return GPT2LMHeadModel(config)
+    config = HyenaConfig(
+        vocab_size=256, hidden_size=16, num_hidden_layers=2, intermediate_size=32, max_position_embeddings=64
     )
+    model = HyenaForCausalLM(config)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
+    return model
 
 
 def _documents(*lengths):
@@ -64,7 +73,7 @@ def test_the_default_stride_is_half_the_context(model):
 
 
 def test_a_model_that_knows_nothing_needs_eight_bits_for_a_byte(model):
-    model.transformer.wte.weight.data.zero_()
+    model.get_output_embeddings().weight.data.zero_()
     documents = _documents(30, 11)
     assert bits_per_byte(model, documents, context=8, batch_size=2).bits_per_byte == pytest.approx(8, rel=1e-6)
     result = bits_per_byte(model, documents, context=8, batch_size=2, bytes_per_document=[60, 20])
@@ -74,7 +83,7 @@ def test_a_model_that_knows_nothing_needs_eight_bits_for_a_byte(model):
 
 def test_the_model_is_left_in_the_mode_it_was_found_in(model):
     model.train()
-    model.transformer.h[0].eval()
+    next(model.children()).eval()
     before = [module.training for module in model.modules()]
     first = bits_per_byte(model, _documents(20), context=8, batch_size=2)
     assert [module.training for module in model.modules()] == before
@@ -114,3 +123,62 @@ def test_input_that_cannot_be_scored_is_refused_with_its_numbers(model, document
 def test_a_document_must_be_a_row_of_ids(model, document):
     with pytest.raises(TypeError, match="document 0 must be a 1-D int64 tensor"):
         bits_per_byte(model, [document], context=8, batch_size=1)
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.resize_token_embeddings(260)
+    model.save_pretrained(tmp_path / "model")
+    HyenaByteTokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("model", ["hyena"], indirect=True)
+def test_the_command_scores_every_byte_of_text_files(model, folder, tmp_path, capsys):
+    texts = ["Hyänen lachen.\r\n" * 9, "x"]
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_bytes(text.encode())
+    main([str(folder), *map(str, paths), "--batch-size", "2", "--json", str(tmp_path / "out.json")])
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert json.loads(capsys.readouterr().out) == result
+    documents = [torch.tensor([HyenaByteTokenizer().bos_token_id, *text.encode()]) for text in texts]
+    expected = sum(_nats_token_by_token(model, document, context=64, stride=32) for document in documents)
+    assert result["nats"] == pytest.approx(expected, rel=1e-5)
+    assert result["tokens"] == result["bytes"] == 17 * 9 + 1
+
+
+@pytest.mark.parametrize("model", ["hyena"], indirect=True)
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (b"gr\xfc\xdfe", [], "data.txt is not UTF-8: byte 2 is 0xfc"),
+        (b"", [], "data.txt is empty"),
+        (None, [], "No such file or directory: .*data.txt"),
+        (b"text", ["--context", "1"], r"context \(1\) must be at least 2"),
+    ],
+)
+def test_the_command_names_the_file_that_it_cannot_score(folder, tmp_path, capsys, content, options, message):
+    path = tmp_path / "data.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit, match="2"):
+        main([str(folder), str(path), *options])
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_command_refuses_a_folder_without_a_model(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), __file__])
+    assert "holds no config.json" in capsys.readouterr().err
+
+
+def test_without_a_bos_token_the_first_token_is_not_scored_and_its_bytes_are_not_counted(tmp_path):
+    path = tmp_path / "text"
+    path.write_text("äb", encoding="utf-8")
+    ids, size = read_document(path, HyenaByteTokenizer.train_bpe(["äb äb"] * 9, vocab_size=261))
+    assert (ids[0].item(), size) == (257, 3)
+    tokenizer = HyenaByteTokenizer.train_bpe(["ää"] * 9, vocab_size=261)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    ids, size = read_document(path, tokenizer)
+    assert (ids.tolist(), size) == ([260, ord("b")], 1)

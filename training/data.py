@@ -137,21 +137,22 @@ def split_documents(
 
     Args:
         documents: what to divide.
-        validation, heldout: fractions in (0, 1) with a sum below 1.
+        validation, heldout: fractions above 0 with a sum below 1; `heldout` may be 0.
         group: maps a document's name to what must stay together, e.g. `module_name`; by default the name itself.
 
     Raises:
         ValueError: fractions out of range, or too little text for three splits.
     """
-    if not (0 < validation < 1 and 0 < heldout < 1 and validation + heldout < 1):
+    if not (validation > 0 and heldout >= 0 and validation + heldout < 1):
         raise ValueError(
-            f"validation ({validation}) and heldout ({heldout}) must be in (0, 1) with a sum below 1, e.g. 0.05 each"
+            f"validation ({validation}) and heldout ({heldout}) must be positive with a sum below 1, e.g. 0.05 each"
         )
+    needed = 3 if heldout else 2
     splits = Splits([], [], [])
     for document in documents:
         draw = _uniform(f"hyena:{group(document.name)}")
         splits[1 if draw < validation else 2 if draw < validation + heldout else 0].append(document)
-    if all(splits):
+    if all(splits[:needed]):
         return splits
     splits = Splits([], [], [])
     for document in documents:
@@ -159,7 +160,7 @@ def split_documents(
         ends = [0, round(size * (1 - validation - heldout)), round(size * (1 - heldout)), size]
         for part, begin, end in zip(splits, ends[:-1], ends[1:], strict=True):
             part.extend([Document(document.name, document.text[begin:end])] if begin < end else [])
-    if not all(splits):
+    if not all(splits[:needed]):
         raise ValueError(
             f"{sum(len(document.text) for document in documents)} characters in {len(documents)} documents are too "
             "few for training, validation and held-out text; give more data"
@@ -208,6 +209,11 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
             "position_ids": position_ids,
             "labels": input_ids.masked_fill(unpredicted, UNPREDICTED),
         }
+
+    def first(self, rows: int) -> PackedRows:
+        """The first `rows` rows, or all if there are fewer."""
+        tokens = self._tokens[: min(rows * self.length, self.num_tokens)]
+        return PackedRows(tokens, self._starts[:-1][self._starts[:-1] < len(tokens)], self.length)
 
     def digest(self) -> str:
         """A short hash of tokens and boundaries, to tell one set of rows from another."""

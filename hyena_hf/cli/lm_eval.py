@@ -17,9 +17,11 @@ def main() -> None:
     import hyena_hf  # noqa: F401  registers the Auto classes
 
     try:
-        from lm_eval.__main__ import cli_evaluate
+        import lm_eval  # noqa: F401  alone: a module that lm-eval itself lacks is another error
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
         sys.exit("hyena-lm-eval needs lm-eval: pip install 'hyena-hf[eval]'")
+    from lm_eval.__main__ import cli_evaluate
+
     cli_evaluate()
