@@ -148,7 +148,7 @@ def _starts_from_seq_idx(seq_idx: Tensor, batch: int, length: int) -> Tensor:
 
 def _starts_from_cu_seq_lens(cu_seq_lens: Tensor, batch: int, length: int) -> Tensor:
     total = batch * length
-    ends = cu_seq_lens.tolist()
+    ends = cu_seq_lens.flatten().tolist()
     if cu_seq_lens.ndim != 1 or not ends or ends[0] != 0 or ends[-1] != total or sorted(ends) != ends:
         raise ValueError(
             f"cu_seq_lens_q must rise from 0 to the number of tokens ({total}), got {ends[:3]} ... {ends[-1:]}; count "
