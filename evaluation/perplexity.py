@@ -212,6 +212,13 @@ def read_document(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[torch
     return torch.tensor(ids), len(content) - len(str(tokenizer.decode(ids[:1])).encode())
 
 
+def _trained_context(model: PreTrainedModel) -> int:
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if length is None:
+        raise ValueError(f"{model.config.model_type} models do not say how long their context is; give --context")
+    return length
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print, and write as JSON where asked, the bits per byte of a saved model on text files, one document each."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.perplexity", description=main.__doc__)
@@ -224,6 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not (options.model / "config.json").is_file():
         parser.error(f"{options.model} holds no config.json: it is not a folder written by save_pretrained")
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     try:
         documents, sizes = zip(*(read_document(path, tokenizer) for path in options.data), strict=True)
@@ -231,12 +240,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = bits_per_byte(
             model,
             documents,
-            context=options.context or model.config.get_text_config().max_position_embeddings,
+            context=_trained_context(model) if options.context is None else options.context,
             stride=options.stride,
             batch_size=options.batch_size,
             bytes_per_document=sizes,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         parser.error(str(error))
     print(json.dumps(asdict(result)))
     if options.json is not None:

@@ -147,7 +147,6 @@ def _bits_per_byte(bars: Mapping[str, float], colors: Mapping[str, str]) -> Figu
     )
     axes.bar_label(rectangles, fmt="%.3f", padding=4, color=INK, fontsize=10)
     axes.set_xlim(0, max(bars.values()) * 1.16)
-    axes.set_xlabel("held-out bits per byte (less is better)")
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     return figure
@@ -180,7 +179,10 @@ def _svg(name: str, figure: Figure) -> str:
 def _page(
     results: Mapping[str, Any], models: Mapping[str, Any], bars: Mapping[str, float], figures: Mapping[str, str]
 ) -> str:
-    captions = {"loss_curves": "Loss while training", "bits_per_byte": "Held-out text, models and baselines"}
+    captions = {
+        "loss_curves": "Loss while training",
+        "bits_per_byte": "Bits per byte on held-out text, less is better",
+    }
     plots = "".join(
         f'<figure role="img" aria-label="{captions[name]}">'
         f"<figcaption>{captions[name]}</figcaption>{svg.replace(INK, 'currentColor')}</figure>"

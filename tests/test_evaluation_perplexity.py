@@ -4,10 +4,19 @@ import re
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from evaluation.perplexity import bits_per_byte, main, read_document, sliding_windows
 from hyena_hf import HyenaByteTokenizer, HyenaConfig, HyenaForCausalLM
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These models are so small that a second thread only waits: ten times longer on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["gpt2", "hyena"])
@@ -155,7 +164,8 @@ def test_the_command_scores_every_byte_of_text_files(model, folder, tmp_path, ca
         (b"gr\xfc\xdfe", [], "data.txt is not UTF-8: byte 2 is 0xfc"),
         (b"", [], "data.txt is empty"),
         (None, [], "No such file or directory: .*data.txt"),
-        (b"text", ["--context", "1"], r"context \(1\) must be at least 2"),
+        (b"text", ["--context", "0"], r"context \(0\) must be at least 2"),
+        (b"text", ["--json", "missing/out.json"], "there is no folder missing"),
     ],
 )
 def test_the_command_names_the_file_that_it_cannot_score(folder, tmp_path, capsys, content, options, message):
@@ -182,3 +192,12 @@ def test_without_a_bos_token_the_first_token_is_not_scored_and_its_bytes_are_not
     tokenizer.bos_token = tokenizer.eos_token = None
     ids, size = read_document(path, tokenizer)
     assert (ids.tolist(), size) == ([260, ord("b")], 1)
+
+
+def test_a_model_without_a_trained_length_needs_one_from_the_user(tmp_path, capsys):
+    model = MambaForCausalLM(MambaConfig(vocab_size=260, hidden_size=8, num_hidden_layers=1, state_size=2))
+    model.save_pretrained(tmp_path)
+    HyenaByteTokenizer().save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), __file__])
+    assert "mamba models do not say how long their context is; give --context" in capsys.readouterr().err

@@ -54,7 +54,11 @@ def folder(tmp_path_factory):
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)  # far from uniform predictions
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    environment = os.environ | {"HF_HOME": str(folder / "hf"), "PYTHONPATH": str(TASKS.parent.parent)}
+    environment = os.environ | {
+        "HF_HOME": str(folder / "hf"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(TASKS.parent.parent),
+    }
     command = [sys.executable, "-c", SCRIPT, str(folder), *NAMES]
     done = subprocess.run(
         command, cwd=TASKS, env=environment, capture_output=True, text=True, timeout=300, check=False
