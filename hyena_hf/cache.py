@@ -74,6 +74,8 @@ class Taps:
         self.length = 0
 
     def _reach(self, long_filter: LongFilter, length: int) -> Tensor:
+        if isinstance(length, torch.SymInt):  # an exported graph: no comparison may depend on the length
+            return long_filter.taps(length if long_filter.support is None else long_filter.support)
         if self.h is None or self.length < length:
             self.length = length if self.h is None else max(length, 2 * self.length)
             self.length = max(self.length, self.capacity or 0)
@@ -84,8 +86,9 @@ class Taps:
         return self.h
 
     def rising(self, long_filter: LongFilter, index: int, length: int) -> Tensor:
-        """Taps of convolution `index` for lags 0, 1, ... (H, K); all taps from K <= length on are zero."""
-        return self._reach(long_filter, length)[index, :, :length]
+        """Taps of convolution `index` for lags 0, 1, ... (H, K); all taps from K on are zero or out of reach."""
+        h = self._reach(long_filter, length)[index]
+        return h if isinstance(length, torch.SymInt) else h[:, :length]
 
     def falling(self, long_filter: LongFilter, index: int, length: int) -> Tensor:
         """Taps of convolution `index` for lags length - 1, ..., 0 (H, length), the order of a stored past."""
@@ -131,6 +134,11 @@ class History:
                 f"model's dtype"
             )
         return self.buffer[..., : self.used]
+
+    def reachable(self, w: Tensor) -> Tensor:
+        """The past without the columns that must be empty, because w would not fit into a static cache otherwise."""
+        past = self.past(w)
+        return past[..., w.shape[-1] :] if self.fixed else past
 
     def commit(self, w: Tensor, counts: Tensor | None) -> None:
         """Add inputs w (B, C, n) behind the past; of row b only the first counts[b] (None: all)."""
@@ -297,10 +305,12 @@ class ExactHistory(History):
             index: Which of the layer's convolutions this is.
             direct: Extra tap at lag 0, (H,).
         """
-        past = self.past(w)
+        past = self.reachable(w)
         before, total = past.shape[-1], past.shape[-1] + w.shape[-1]
         if before == 0 or w.shape[-1] > _DOT_LENGTH:
             h = taps.rising(long_filter, index, total)
+            if self.fixed:  # reversed here, so that the compiled steps to come find it done
+                taps.falling(long_filter, index, total)
             return causal_fftconv(torch.cat([past, w], dim=-1), h, direct)[..., before:]
         y = self._dot(past, w, taps.falling(long_filter, index, total))
         return y + w * direct.to(w.dtype).repeat_interleave(w.shape[1] // direct.shape[0]).unsqueeze(-1)
@@ -325,7 +335,7 @@ class HeadHistory(History):
 
     def respond(self, w: Tensor, taps: Taps, long_filter: LongFilter, index: int, direct: Tensor) -> Tensor:
         """MultiHyena convolution; w holds queries, keys and values (B, 3 D, n), the rest as in `ExactHistory`."""
-        kv = torch.cat([self.past(w), w[:, self.queries :]], dim=-1)
+        kv = torch.cat([self.reachable(w), w[:, self.queries :]], dim=-1)
         keys, values = kv.chunk(2, dim=1)
         h = taps.rising(long_filter, index, kv.shape[-1])
         return multihead_conv(w[:, : self.queries], keys, values, h, direct)
@@ -370,8 +380,7 @@ class HyenaCacheLayer(CacheLayerMixin):
         super().__init__(**kwargs)
         self.max_cache_len = max_cache_len
         self.is_compileable = max_cache_len is not None
-        # a static step convolves over all columns and the new one
-        self.expected_length: int | None = None if max_cache_len is None else max_cache_len + 1
+        self.expected_length: int | None = max_cache_len
         self.max_pending = MAX_PENDING
         self.record_past = False
         self._forget()
@@ -556,20 +565,9 @@ def adopt_cache(cache: Cache, config: HyenaConfig, batch: int, owner: int) -> No
             f"the cache has {len(cache.layers)} layers but the model {config.num_hidden_layers}; it belongs to another "
             f"model: build one with DynamicCache(config=model.config)"
         )
-    capacity = max((layer.get_max_length() for layer in cache.layers), default=-1)
-    for index, layer in enumerate(cache.layers):
-        if type(layer) in _REPLACEABLE and not (layer.is_initialized and int(layer.get_seq_length())):
-            ours = HyenaCacheLayer(max_cache_len=capacity if isinstance(layer, StaticLayer) else None)
-            ours.record_past = getattr(layer, "record_past", False)
-            cache.layers[index] = ours
-        elif not isinstance(layer, HyenaCacheLayer):
-            raise ValueError(
-                f"layer {index} of the cache is a {type(layer).__name__} that a Hyena model cannot use (filled by "
-                f"another model, or quantized); pass an empty DynamicCache(config=model.config)"
-            )
-    recording = any(layer.record_past for layer in cache.layers)
+    if not all(isinstance(layer, HyenaCacheLayer) for layer in cache.layers):
+        _replace_layers(cache)
     for layer in cache.layers:
-        layer.record_past = recording
         if not layer.is_initialized:
             continue
         if layer.owner != owner:
@@ -579,6 +577,21 @@ def adopt_cache(cache: Cache, config: HyenaConfig, batch: int, owner: int) -> No
                 f"the cache holds {layer.batch_size} sequences but the batch has {batch}; use "
                 f"batch_select_indices or batch_repeat_interleave, or start with an empty cache"
             )
+
+
+def _replace_layers(cache: Cache) -> None:
+    """Put our layers in the place of transformers' empty attention layers."""
+    capacity = max(layer.get_max_length() for layer in cache.layers)
+    recording = any(cache.is_recording_past(index) for index in range(len(cache.layers)))
+    for index, layer in enumerate(cache.layers):
+        if type(layer) in _REPLACEABLE and not (layer.is_initialized and int(layer.get_seq_length())):
+            cache.layers[index] = HyenaCacheLayer(capacity if isinstance(layer, StaticLayer) else None)
+        elif not isinstance(layer, HyenaCacheLayer):
+            raise ValueError(
+                f"layer {index} of the cache is a {type(layer).__name__} that a Hyena model cannot use (filled by "
+                f"another model, or quantized); pass an empty DynamicCache(config=model.config)"
+            )
+        cache.layers[index].record_past = recording  # pyright: ignore (ours by now)
 
 
 __all__ = ["AttentionHistory", "ExactHistory", "HeadHistory", "HyenaCacheLayer", "NoMemory", "Window", "adopt_cache"]

@@ -139,7 +139,9 @@ def causal_fftconv(
     _check(u, h, direct, {"pregate": pregate, "postgate": postgate}, backend)
     dtype = torch.promote_types(torch.promote_types(u.dtype, h.dtype), torch.float32)
     batch, channels, length = u.shape
-    filters, taps = h.shape[0], min(h.shape[1], length)
+    filters, taps = h.shape
+    if not isinstance(length, torch.SymInt):  # where the length is a symbol no comparison may depend on it
+        taps = min(taps, length)
 
     w = u.to(dtype) if pregate is None else u.to(dtype) * pregate.to(dtype)
     w = w.reshape(batch, filters, channels // filters, length)

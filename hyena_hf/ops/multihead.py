@@ -69,8 +69,10 @@ def multihead_conv(q: Tensor, k: Tensor, v: Tensor, h: Tensor, direct: Tensor) -
         return x.to(dtype).view(batch, heads, channels // heads, x.shape[-1]).transpose(-1, -2)
 
     h = h.to(dtype)
-    if h.shape[1] < total:
-        h = torch.nn.functional.pad(h, (0, total - h.shape[1]))
-    form = _by_products if new <= _MATMUL_LENGTH else _by_convolutions
+    if isinstance(total, torch.SymInt):  # an exported graph: no choice may depend on the length
+        h, form = torch.nn.functional.pad(h, (0, total)), _by_convolutions
+    else:
+        h = torch.nn.functional.pad(h, (0, max(total - h.shape[1], 0)))
+        form = _by_products if new <= _MATMUL_LENGTH else _by_convolutions
     y = form(split(q), split(k), split(v), h[:, :total], direct.to(dtype))
     return y.transpose(-1, -2).reshape(batch, channels, new).to(q.dtype)
