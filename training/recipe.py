@@ -160,6 +160,7 @@ def _make_trainer(
         eval_steps=recipe.evaluate_every,
         prediction_loss_only=True,
         remove_unused_columns=False,
+        use_cpu=not torch.accelerator.is_available(),  # said aloud, or torchrun's processes would not find each other
         dataloader_pin_memory=torch.accelerator.is_available(),
         ddp_find_unused_parameters=False,
         report_to="none",
