@@ -1,5 +1,6 @@
 """The training command: what it accepts, what it refuses, and that its model loads."""
 
+import os
 import subprocess
 import sys
 
@@ -86,9 +87,10 @@ def test_a_bpe_tokenizer_needs_a_size(tmp_path):
 def test_two_processes_train_one_model(tmp_path):
     text = tmp_path / "book.txt"
     text.write_text("To be, or not to be, that is the question. " * 400)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "training.train_lm", "--data", str(text), "--smoke", "--output", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two processes share the two cores
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("its numbers mean nothing") == 1
     names = {path.name for path in (tmp_path / "run" / "checkpoint-20").iterdir()}
