@@ -19,6 +19,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 LAYER_TYPES = ("hyena", "full_attention", "sliding_attention")
 FILTER_TYPES = ("implicit", "explicit")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 # Keys that transformers itself passes or stores beside the fields of a config.
 _TRANSFORMERS_KEYS = frozenset(
@@ -54,6 +55,8 @@ def _plain_errors(method: Callable) -> Callable:
             cause = error.__cause__
             kind = TypeError if isinstance(cause, TypeError) else ValueError
             raise kind(f"HyenaConfig: {cause or error}") from None
+        except KeyError as error:  # transformers' word for an incomplete rope_parameters
+            raise ValueError(f"HyenaConfig: {error.args[0]}") from None
 
     return wrapper
 
@@ -216,7 +219,8 @@ class HyenaConfig(PreTrainedConfig):
             entries = getattr(self, name)
             if len(entries) != self.num_hidden_layers:
                 raise ValueError(
-                    f"{name} has {len(entries)} entries for num_hidden_layers ({self.num_hidden_layers}); give one a layer"
+                    f"{name} has {len(entries)} entries for num_hidden_layers ({self.num_hidden_layers}); give one a "
+                    f"layer"
                 )
             for entry in entries:
                 if entry not in allowed:
@@ -244,8 +248,8 @@ class HyenaConfig(PreTrainedConfig):
             for token in value if isinstance(value, list) else [value]:
                 if token is not None and not 0 <= token < self.vocab_size:
                     raise ValueError(
-                        f"{name} ({token}) lies outside the vocabulary of {self.vocab_size}; raise vocab_size or choose "
-                        f"an id below it"
+                        f"{name} ({token}) lies outside the vocabulary of {self.vocab_size}; raise vocab_size or "
+                        f"choose an id below it"
                     )
 
     def _validate_sizes(self) -> None:
@@ -300,10 +304,15 @@ class HyenaConfig(PreTrainedConfig):
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types holds 'sliding_attention' but sliding_window is None; set sliding_window")
         rope_type = self.rope_parameters["rope_type"]
-        if rope_type in ("dynamic", "longrope"):
+        if rope_type not in ROPE_TYPES:
             raise ValueError(
-                f"rope_parameters has rope_type {rope_type!r}, which turns keys by the length of the longest sequence "
-                f"in a batch; choose one that does not ('default', 'linear', 'llama3', 'yarn')"
+                f"rope_parameters has rope_type {rope_type!r}; choose one of {ROPE_TYPES} ('dynamic' and 'longrope' "
+                f"turn keys by the length of the longest sequence in a batch)"
+            )
+        partial = self.rope_parameters.get("partial_rotary_factor", 1.0)
+        if partial != 1.0:
+            raise ValueError(
+                f"rope_parameters has partial_rotary_factor {partial}; only whole heads turn, leave it out"
             )
 
 

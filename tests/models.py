@@ -1,0 +1,96 @@
+"""Small random Hyena models and ragged batches that the model, cache and generation tests share.
+
+Weights are large (logits of a few units, filters that do not decay at once), so that a wrong token in the past shows.
+"""
+
+from functools import cache
+
+import torch
+
+from hyena_hf import HyenaConfig, HyenaForCausalLM
+
+
+# tiny models gain nothing from a second thread, and lose a factor of ten when its core is busy
+torch.set_num_threads(1)
+
+HYENA, FULL, SLIDING = "hyena", "full_attention", "sliding_attention"
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "intermediate_size": 64,
+    "max_position_embeddings": 256,
+    "filter_num_bands": 4,
+    "filter_hidden_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+# the models whose batching, caching and generation is tested
+MODELS = {
+    "order 2": {},
+    "order 3": {"order": 3},
+    "heads": {"num_heads": 8},
+    "hybrid": {"layer_types": [HYENA, FULL, HYENA]},
+    "sliding": {
+        "layer_types": [SLIDING, HYENA, FULL],
+        "sliding_window": 6,
+        "filter_types": ["implicit", "explicit", "implicit"],
+        "filter_length": 9,
+    },
+}
+
+# what else a config can combine
+COMBINATIONS = {
+    **MODELS,
+    "gated": {
+        "norm_type": "rms_norm",
+        "gated_mlp": True,
+        "hidden_act": "silu",
+        "mlp_bias": False,
+        "use_bias": False,
+        "short_conv_kernel": 1,
+    },
+    "attention only": {"layer_types": [FULL, SLIDING, FULL], "sliding_window": 4},
+    "explicit order 3": {"order": 3, "filter_types": ["explicit"] * 3, "short_conv_kernel": 4},
+    "explicit heads": {"num_heads": 1, "filter_types": ["explicit"] * 3, "filter_length": [5, 300, 16]},
+    "trained features": {"trainable_positional_features": True, "tie_word_embeddings": False},
+    "partial": {"modulation": False, "filter_length": 11, "filter_num_layers": 2, "residual_in_fp32": True},
+    "shifted": {"modulation_shift": 0.05, "order": 4, "norm_type": "rms_norm"},
+}
+
+
+def config_of(name: str = "order 2", **changes) -> HyenaConfig:
+    """Config of a combination, with some fields changed."""
+    return HyenaConfig(**{**SHAPE, **COMBINATIONS[name], **changes})
+
+
+def new_model(name: str = "order 2", dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> HyenaForCausalLM:
+    """A model with large random weights, drawn in float32; every dtype of a name has the same ones."""
+    torch.manual_seed(seed)
+    model = HyenaForCausalLM(config_of(name, **changes)).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            elif "short_conv" in key:
+                parameter.normal_(0, 0.5)
+            elif "filter.output" in key or "filter.weight" in key:
+                parameter.normal_(0, 0.4)
+            elif "filter.layers" in key:
+                parameter.normal_(0, 0.05)
+            elif ".skip" not in key and "filter.frequency" not in key and "filter.features" not in key:
+                parameter.normal_(0, 0.15)
+    return model.to(dtype)
+
+
+@cache
+def model_of(name: str = "order 2", dtype: torch.dtype = torch.float64) -> HyenaForCausalLM:
+    """The model of `new_model`, built once: for tests that leave it as it is."""
+    return new_model(name, dtype).requires_grad_(False)
+
+
+def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
+    """Random token ids."""
+    return torch.randint(0, SHAPE["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,420 @@
+"""A sequence's logits do not depend on padding, packing, neighbours, or on how its tokens were fed to a cache.
+
+The truth of every test is `alone`: the sequence by itself, without padding and without a cache. Bounds are relative to
+max(1, largest logit): 1e-10 in float64; in float32 1e-5, or the error of the lonely float32 run against float64.
+"""
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from hyena_hf.cache import HyenaCacheLayer
+from tests.models import MODELS, model_of, new_model, tokens
+
+
+DTYPES = [torch.float64, torch.float32]
+LENGTHS = (45, 12, 28, 6)
+STEPS = 5  # the last tokens of every sequence, fed one by one in some tests
+TOTAL = sum(LENGTHS)
+
+every_model = pytest.mark.parametrize("name", MODELS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])
+
+
+@cache
+def sequences():
+    return [tokens(length, seed=length) for length in LENGTHS]
+
+
+@cache
+def alone(name, dtype):
+    with torch.no_grad():
+        return [model_of(name, dtype)(s[None], use_cache=False).logits[0] for s in sequences()]
+
+
+def bound(got, exact, own_error=0.0):
+    scale = max(1.0, exact.abs().max().item())
+    return (1e-10 if got.dtype == torch.float64 else max(1e-5, own_error / scale)) * scale
+
+
+def check(name, dtype, sequence, got, columns=slice(None)):
+    """Logits of one sequence, or of some of its positions, against the sequence alone."""
+    truth, exact = alone(name, dtype)[sequence], alone(name, torch.float64)[sequence]
+    own_error = (truth - exact).abs().max().item()
+    assert (got - truth[columns]).abs().max().item() <= bound(got, exact, own_error)
+
+
+def layout(kind):
+    """Ids and mask (4, columns): where the tokens of each sequence stand among the columns."""
+    columns = 53 if kind == "holes" else max(LENGTHS)
+    ids, mask = tokens(4, columns, seed=99), torch.zeros(4, columns, dtype=torch.long)
+    for row, sequence in enumerate(sequences()):
+        n = len(sequence)
+        places = {
+            "left": range(columns - n, columns),
+            "right": range(n),
+            "right, then steps": [*range(n - STEPS), *range(columns - STEPS, columns)],
+            "holes": torch.randperm(columns, generator=torch.Generator().manual_seed(row))[:n].sort().values,
+        }[kind]
+        mask[row, list(places)] = 1
+        ids[row, list(places)] = sequence
+    return ids, mask
+
+
+LAYOUTS = ["left", "right", "right, then steps", "holes"]
+
+# sizes of consecutive calls
+FEEDINGS = {
+    "at once": lambda n: [n],
+    "in chunks": lambda n: [1, 14, 3, 22, n - 40],
+    "token by token": lambda n: [1] * n,
+    "two to five at a time": lambda n: [5, 2, 3, 4] * 3 + [n - 42],
+    "a prompt, then steps": lambda n: [n - STEPS] + [1] * STEPS,
+}
+
+
+def feed(model, ids, mask, sizes, past):
+    """Logits of consecutive calls with one cache."""
+    outputs, done = [], 0
+    for size in sizes:
+        until = done + size
+        kwargs = {} if mask is None else {"attention_mask": mask[:, :until]}
+        outputs.append(model(ids[:, done:until], past_key_values=past, **kwargs).logits)
+        done = until
+    return torch.cat(outputs, dim=1)
+
+
+@every_dtype
+@every_model
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_masked_tokens_do_not_exist(name, dtype, kind):
+    ids, mask = layout(kind)
+    logits = model_of(name, dtype)(ids, attention_mask=mask, use_cache=False).logits
+    assert logits.isfinite().all()
+    for row in range(4):
+        check(name, dtype, row, logits[row, mask[row].bool()])
+
+
+@every_dtype
+@every_model
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("feeding", FEEDINGS)
+def test_feeding_a_cache_in_any_pieces_equals_the_sequence_alone(name, dtype, kind, feeding):
+    model = model_of(name, dtype)
+    ids, mask = layout(kind)
+    logits = feed(model, ids, mask, FEEDINGS[feeding](ids.shape[1]), DynamicCache(config=model.config))
+    assert logits.isfinite().all()
+    for row in range(4):
+        check(name, dtype, row, logits[row, mask[row].bool()])
+
+
+@every_dtype
+@every_model
+@pytest.mark.parametrize("feeding", ["in chunks", "a prompt, then steps"])
+def test_a_static_cache_gives_the_same_logits(name, dtype, feeding):
+    model = model_of(name, dtype)
+    for kind in ("left", "holes"):
+        ids, mask = layout(kind)
+        past = StaticCache(config=model.config, max_cache_len=ids.shape[1] + 3)
+        logits = feed(model, ids, mask, FEEDINGS[feeding](ids.shape[1]), past)
+        for row in range(4):
+            check(name, dtype, row, logits[row, mask[row].bool()])
+
+
+@every_dtype
+@every_model
+def test_a_dense_batch_needs_no_mask(name, dtype):
+    model, sequence = model_of(name, dtype), sequences()[0]
+    for past in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=45)):
+        logits = feed(model, sequence.expand(2, -1), None, [20, 1, 1, 3, 20], past)
+        check(name, dtype, 0, logits[0])
+        check(name, dtype, 0, logits[1])
+
+
+@every_model
+def test_rows_that_are_masked_for_a_while_or_for_ever_are_finite_and_disturb_nobody(name):
+    model, dtype = model_of(name), torch.float64
+    ids, mask = layout("right, then steps")
+    mask[1] = 0  # never a token
+    ids = torch.cat([ids[:, :20], tokens(4, 3), ids[:, 20:]], dim=1)
+    mask = torch.cat([mask[:, :20], torch.zeros(4, 3, dtype=torch.long), mask[:, 20:]], dim=1)
+    for sizes in ([48], [20, 1, 2, 20, 1, 1, 1, 1, 1]):
+        logits = feed(model, ids, mask, sizes, DynamicCache(config=model.config))
+        assert logits.isfinite().all()
+        for row in (0, 2, 3):
+            check(name, dtype, row, logits[row, mask[row].bool()])
+    assert model(ids, attention_mask=torch.zeros_like(mask), use_cache=False).logits.isfinite().all()
+
+
+# packed documents
+
+
+def packed():
+    """The four sequences in one row, described in the three usual ways."""
+    lengths = torch.tensor(LENGTHS)
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    return torch.cat(sequences())[None], {
+        "position_ids": {"position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None]},
+        "seq_idx": {"seq_idx": torch.repeat_interleave(torch.arange(4), lengths)[None].to(torch.int32)},
+        "cu_seq_lens_q": {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 45, "max_length_k": 45},
+    }
+
+
+@every_dtype
+@every_model
+@pytest.mark.parametrize("described_by", ["position_ids", "seq_idx", "cu_seq_lens_q"])
+def test_packed_documents_do_not_see_each_other(name, dtype, described_by):
+    ids, descriptions = packed()
+    out = model_of(name, dtype)(ids, **descriptions[described_by])
+    assert out.past_key_values is None
+    for row, part in enumerate(out.logits[0].split(LENGTHS)):
+        check(name, dtype, row, part)
+
+
+@every_model
+def test_documents_packed_in_several_rows_with_padding_do_not_see_each_other(name):
+    model = model_of(name)
+    first, second, third, fourth = sequences()
+    ids = torch.stack([torch.cat([first, tokens(1)]), torch.cat([third, second, fourth])])
+    documents = torch.tensor([[0] * 46, [0] * 28 + [1] * 12 + [2] * 6])
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    logits = model(ids, attention_mask=mask, seq_idx=documents, use_cache=False).logits
+    for row, part in ((0, logits[0, :45]), (2, logits[1, :28]), (1, logits[1, 28:40]), (3, logits[1, 40:])):
+        check(name, torch.float64, row, part)
+
+
+def gradients(model, calls):
+    """Gradients of a sum of fixed random projections of the logits of every sequence."""
+    model.zero_grad()
+    weights = [torch.randn(n, 97, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in LENGTHS]
+    for logits, rows in calls(model):
+        (logits * torch.cat([weights[row] for row in rows])).sum().backward()
+    return {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+
+
+@every_model
+def test_gradients_of_packed_and_padded_documents_are_those_of_the_documents_alone(name):
+    model = new_model(name, torch.float64)
+    truth = gradients(model, lambda m: ((m(s[None]).logits[0], [row]) for row, s in enumerate(sequences())))
+    ids, descriptions = packed()
+    holes, mask = layout("holes")
+    ways = {
+        **{key: lambda m, kw=kwargs: [(m(ids, **kw).logits[0], range(4))] for key, kwargs in descriptions.items()},
+        "holes": lambda m: [(m(holes, attention_mask=mask, use_cache=False).logits[mask.bool()], range(4))],
+    }
+    for way, calls in ways.items():
+        for key, gradient in gradients(model, calls).items():
+            error = (gradient - truth[key]).abs().max().item()
+            assert error <= 1e-10 * max(1.0, truth[key].abs().max().item()), (way, key)
+
+
+@every_model
+def test_padding_gets_no_gradient(name):
+    model = model_of(name)
+    ids, mask = layout("holes")
+    embeds = model.get_input_embeddings()(ids).requires_grad_()
+    model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits[mask.bool()].square().sum().backward()
+    assert embeds.grad[~mask.bool()].eq(0).all()
+    assert embeds.grad[mask.bool()].abs().sum(-1).gt(0).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float64, 1e-13), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
+@every_model
+def test_a_later_token_changes_nothing_before_it(name, dtype, limit):
+    ids = tokens(1, 131)
+    changed = ids.clone()
+    changed[0, 65] = (changed[0, 65] + 1) % 97
+    with torch.no_grad():
+        before, after = (model_of(name, dtype)(x, use_cache=False).logits[0] for x in (ids, changed))
+    scale = max(1.0, before.abs().max().item())
+    assert (before - after)[:65].abs().max().item() <= limit * scale
+    assert (before - after)[65:].abs().max().item() > 0.1
+
+
+# what generate() and users do to caches
+
+
+def filled(name, dtype, kind="right, then steps", record=False):
+    """A cache that holds all but the last STEPS columns of a layout, with those columns and the whole mask."""
+    model = model_of(name, dtype)
+    ids, mask = layout(kind)
+    past = DynamicCache(config=model.config)
+    if record:
+        past.activate_past_recording()
+    feed(model, ids, mask, [30, ids.shape[1] - STEPS - 30], past)
+    return model, past, ids[:, -STEPS:], mask
+
+
+def go_on(model, past, ids, mask):
+    """Logits of the last columns, one by one."""
+    start = mask.shape[1] - ids.shape[1]
+    steps = range(ids.shape[1])
+    return torch.cat(
+        [
+            model(ids[:, t : t + 1], attention_mask=mask[:, : start + t + 1], past_key_values=past).logits
+            for t in steps
+        ],
+        dim=1,
+    )
+
+
+REARRANGEMENTS = {
+    "reorder": (lambda past: past.reorder_cache(torch.tensor([2, 0, 0, 3])), [2, 0, 0, 3]),
+    "repeat": (lambda past: past.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2, 3, 3]),
+    "select": (lambda past: past.batch_select_indices(torch.tensor([3, 1])), [3, 1]),
+}
+
+
+@every_dtype
+@every_model
+@pytest.mark.parametrize("how", REARRANGEMENTS)
+@pytest.mark.parametrize("record", [False, True], ids=["", "recording"])
+def test_rows_of_a_cache_can_be_reordered_repeated_and_selected(name, dtype, how, record):
+    model, past, ids, mask = filled(name, dtype, record=record)
+    rearrange, rows = REARRANGEMENTS[how]
+    rearrange(past)
+    logits = go_on(model, past, ids[rows], mask[rows])
+    for position, row in enumerate(rows):
+        check(name, dtype, row, logits[position], slice(-STEPS, None))
+
+
+@every_dtype
+@every_model
+@pytest.mark.parametrize("kind", ["left", "right, then steps", "holes"])
+def test_rejected_tokens_leave_no_trace(name, dtype, kind):
+    model, past, ids, mask = filled(name, dtype, kind, record=True)
+    past.crop(0)
+    for rejected, holes in ((7, True), (1, False), (70, True)):
+        wrong, extra = tokens(4, rejected, seed=rejected), torch.ones(4, rejected, dtype=torch.long)
+        if holes:
+            extra[1, ::2] = 0
+            extra[2] = 0
+        seen = mask[:, : -ids.shape[1]]
+        model(wrong, attention_mask=torch.cat([seen, extra], dim=1), past_key_values=past)
+        past.crop(-rejected)
+        assert past.get_seq_length() == seen.shape[1]
+    logits = go_on(model, past, ids, mask)
+    real = mask[:, -STEPS:].bool()
+    for row in range(4):
+        if real[row].any():
+            check(name, dtype, row, logits[row, real[row]], slice(-int(real[row].sum()), None))
+
+
+@every_model
+def test_part_of_the_candidates_can_be_kept(name):
+    model, past, ids, mask = filled(name, torch.float64, record=True)
+    start = mask.shape[1] - STEPS
+    candidates = ids.clone()
+    candidates[:, 2:] = (candidates[:, 2:] + 1) % 97
+    logits = model(candidates, attention_mask=mask, past_key_values=past).logits[:, :2]
+    past.crop(-3)
+    assert past.get_seq_length() == start + 2
+    logits = torch.cat([logits, go_on(model, past, ids[:, 2:], mask)], dim=1)
+    for row in range(4):
+        check(name, torch.float64, row, logits[row], slice(-STEPS, None))
+
+
+@every_model
+def test_recording_can_begin_late_and_be_switched_off(name):
+    model, past, ids, mask = filled(name, torch.float64)
+    past.activate_past_recording()
+    first = go_on(model, past, ids[:, :2], mask[:, :-3])
+    past.crop(-1)
+    for layer in past.layers:
+        layer.record_past = False
+    logits = torch.cat([first[:, :1], go_on(model, past, ids[:, 1:], mask)], dim=1)
+    for row in range(4):
+        check(name, torch.float64, row, logits[row], slice(-STEPS, None))
+
+
+@every_model
+def test_a_copy_of_a_cache_lives_its_own_life(name):
+    model, past, ids, mask = filled(name, torch.float64)
+    twin = copy.deepcopy(past)
+    model(tokens(4, 3), attention_mask=mask[:, :-2], past_key_values=twin)
+    logits = go_on(model, past, ids, mask)
+    for row in range(4):
+        check(name, torch.float64, row, logits[row], slice(-STEPS, None))
+    assert twin.get_seq_length() == past.get_seq_length() - 2
+
+
+@every_model
+def test_offloaded_layers_come_back_as_they_were(name):
+    model, past, ids, mask = filled(name, torch.float64)
+    for layer in past.layers:
+        layer.offload()
+        layer.prefetch()
+    logits = go_on(model, past, ids, mask)
+    for row in range(4):
+        check(name, torch.float64, row, logits[row], slice(-STEPS, None))
+
+
+@every_model
+def test_a_reset_cache_is_empty(name):
+    model, past, _, _ = filled(name, torch.float64)
+    past.reset()
+    assert past.get_seq_length() == 0
+    logits = feed(model, sequences()[0][None], None, [40, 5], past)
+    check(name, torch.float64, 0, logits[0])
+
+
+@pytest.mark.parametrize("name", ["order 3", "heads", "sliding"])
+def test_a_cache_grows_past_the_trained_length(name):
+    model, ids = model_of(name), tokens(2, 300)
+    past = DynamicCache(config=model.config)
+    logits = feed(model, ids, None, [20, *[7] * 38, *[1] * 14], past)
+    whole = model(ids, use_cache=False).logits
+    assert (logits - whole).abs().max().item() <= bound(logits, whole)
+    assert past.get_seq_length() == 300
+
+
+def history_bytes(layer):
+    return layer.nbytes() - layer.taps.nbytes()
+
+
+def test_a_token_costs_a_float_per_channel_and_convolution_and_two_with_heads():
+    short, rows, width = 2, 3, 32  # the short convolution remembers two tokens
+    for name, per_token, channels in (("order 2", width, 96), ("order 3", 2 * width, 128), ("heads", 2 * width, 96)):
+        model = model_of(name, torch.float32)
+        for tokens_held in (50, 100):
+            past = DynamicCache(config=model.config)
+            model(tokens(rows, tokens_held), past_key_values=past)
+            for layer in past.layers:
+                assert history_bytes(layer) == 4 * rows * (per_token * tokens_held + channels * short)
+
+
+def test_a_sliding_window_and_its_cache_do_not_grow():
+    model, ids = model_of("sliding"), tokens(1, 60)
+    past = DynamicCache(config=model.config)
+    feed(model, ids[:, :20], None, [20], past)
+    before = history_bytes(past.layers[0])
+    feed(model, ids[:, 20:], None, [30, 1, 9], past)
+    assert history_bytes(past.layers[0]) == before
+    assert history_bytes(past.layers[2]) > 2 * before
+
+
+def test_transformers_builds_our_layers_for_hyena_and_attention_layers_alike():
+    model = model_of("hybrid")
+    past = DynamicCache(config=model.config)
+    model(tokens(1, 4), past_key_values=past)
+    assert [type(layer) for layer in past.layers] == [HyenaCacheLayer] * 3
+    plain = DynamicCache()
+    model(tokens(1, 4), past_key_values=plain)
+    assert [type(layer) for layer in plain.layers] == [HyenaCacheLayer] * 3
+    assert plain.get_seq_length() == 4
+
+
+def test_gradients_flow_through_a_cache():
+    model = new_model("order 3", torch.float64)
+    past, sequence = DynamicCache(config=model.config), sequences()[2][None]
+    embeds = model.get_input_embeddings()(sequence).detach().requires_grad_()
+    parts = [model(inputs_embeds=part, past_key_values=past).logits for part in embeds.split([14, 1, 13], dim=1)]
+    (cached,) = torch.autograd.grad(torch.cat(parts, dim=1).square().sum(), embeds)
+    (whole,) = torch.autograd.grad(model(inputs_embeds=embeds, use_cache=False).logits.square().sum(), embeds)
+    assert (cached - whole).abs().max().item() <= 1e-10 * whole.abs().max().item()
