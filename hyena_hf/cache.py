@@ -75,7 +75,7 @@ class Taps:
 
     def _reach(self, long_filter: LongFilter, length: int) -> Tensor:
         if isinstance(length, torch.SymInt):  # an exported graph: no comparison may depend on the length
-            return long_filter.taps(length if long_filter.support is None else long_filter.support)
+            return long_filter.exact_taps(length if long_filter.support is None else long_filter.support)
         if self.h is None or self.length < length:
             self.length = length if self.h is None else max(length, 2 * self.length)
             self.length = max(self.length, self.capacity or 0)

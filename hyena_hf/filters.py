@@ -81,8 +81,13 @@ class LongFilter(nn.Module):
                 f"positional features are not trained"
             )
         inside = length if self.support is None else min(length, self.support)
-        taps = self.taps(inside)
+        taps = self.exact_taps(inside)
         return taps if inside == length else nn.functional.pad(taps, (0, length - inside))
+
+    def exact_taps(self, length: int) -> Tensor:
+        """`taps` in the filter's own dtype, also where autocast would run its layers in half precision."""
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            return self.taps(length)
 
     def taps(self, length: int) -> Tensor:
         """Taps for lags 0 to length - 1 within the support."""

@@ -87,9 +87,10 @@ class HyenaMixer(nn.Module):
         operator = self.gated_convolutions if self.num_heads == self.width else self.head_convolution
 
         def mix(rows: Tensor, counts: Tensor | None) -> Tensor:
-            # gates, filters and FFTs in float32 at least
+            # gates, filters and FFTs in float32 at least, under autocast too
             x = rows.transpose(1, 2).to(torch.promote_types(rows.dtype, torch.float32))
-            y = operator(x, counts, memory)
+            with torch.autocast(x.device.type, enabled=False):
+                y = operator(x, counts, memory)
             return y.transpose(1, 2).to(rows.dtype)
 
         return self.out_proj(over_rows(segments, mix, self.in_proj(hidden_states)))
