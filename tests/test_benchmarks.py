@@ -1,0 +1,85 @@
+"""The pages that benchmarks write: what they must say, and that nothing of this machine's paths gets into them."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from benchmarks import report
+from benchmarks.bench_import import cpu_seconds, loaded_modules
+from benchmarks.bench_recall import MODELS, Settings, learning_curves, page, rate_factor, trained
+
+
+def test_a_page_names_its_command_commit_and_machine_and_shows_its_plots(tmp_path):
+    figure = Figure()
+    figure.subplots().plot([0, 1], [1, 0])
+    table = report.markdown_table(["model", "loss"], [("a|b", 1.5)])
+    path = report.write_result(
+        "thing", "A thing", "python -m thing", table, {"curve": figure}, folder=tmp_path / "new"
+    )
+    text = path.read_text()
+    for part in ("# A thing", "`python -m thing`", report.commit(), "| a\\|b | 1.5 |", "![curve](thing_curve.png)"):
+        assert part in text
+    assert str(tmp_path) not in text
+    assert str(Path.cwd()) not in text
+    assert (path.parent / "thing_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert {file.name for file in path.parent.iterdir()} == {"thing.md", "thing_curve.png"}
+
+
+def test_a_table_refuses_a_row_of_another_length():
+    with pytest.raises(ValueError, match="a row has 1 cells for 2 columns"):
+        report.markdown_table(["a", "b"], [("only",)])
+
+
+def test_the_machine_line_names_cores_and_versions():
+    assert all(part in report.machine() for part in ("cores", "Python 3", "torch 2", "transformers 5"))
+
+
+def test_a_changed_tree_is_marked_but_new_results_do_not_count(tmp_path, monkeypatch):
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    monkeypatch.setattr(report, "RESULTS", results)
+    git("init")
+    (tmp_path / "code.py").write_text("1")
+    git("add", "code.py")
+    git("commit", "-m", "first")
+    (results / "new.md").write_text("a result")
+    assert "uncommitted" not in report.commit()
+    (tmp_path / "code.py").write_text("2")
+    assert report.commit().endswith("with uncommitted changes")
+
+
+def test_outside_a_checkout_the_commit_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "benchmarks" / "results")
+    assert report.commit().startswith("unknown")
+
+
+def test_import_cost_counts_what_the_code_burns_and_a_failing_import_is_an_error():
+    assert cpu_seconds("sum(range(20_000_000))") > 2 * cpu_seconds("pass")
+    assert loaded_modules("import json", ("json", "wave")) == ["json"]
+    with pytest.raises(subprocess.CalledProcessError):
+        cpu_seconds("raise SystemExit(3)")
+
+
+def test_the_recall_page_tells_a_run_that_missed_the_goal_from_one_that_reached_it():
+    runs = {
+        name: [trained(Settings(name, 1e-3, 1, steps=2, batch_size=4, evaluate_every=1, held_out=5, final=5))]
+        for name in MODELS
+    }
+    assert learning_curves(runs).axes[0].lines
+    assert "| Hyena | 0.001 | 1 |" in (text := "\n".join(page(runs, runs)))
+    assert "0 of 1" in text
+    runs["Hyena"][0]["reached"] = 1
+    assert "1 of 1" in "\n".join(page(runs, runs))
+
+
+def test_the_rate_warms_up_and_ends_at_its_fraction():
+    settings = Settings("Hyena", 1e-3, 1, steps=1000, warmup=100)
+    assert rate_factor(0, settings) == pytest.approx(0.01)
+    assert rate_factor(99, settings) > 0.97
+    assert rate_factor(1000, settings) == pytest.approx(settings.final_rate)
