@@ -74,7 +74,7 @@ def test_the_recall_page_tells_a_run_that_missed_the_goal_from_one_that_reached_
     assert learning_curves(runs).axes[0].lines
     assert "| Hyena | 0.001 | 1 |" in (text := "\n".join(page(runs, runs)))
     assert "0 of 1" in text
-    runs["Hyena"][0]["reached"] = 1
+    runs["Hyena"][0].update(accuracy=0.995, reached=1, reached_seconds=2.0)
     assert "1 of 1" in "\n".join(page(runs, runs))
 
 
