@@ -13,6 +13,7 @@ Filters stay in float32 when a model is moved to a half-precision dtype (float64
 bfloat16 costs more than rounding a weight, since its error is summed over the whole sequence.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,19 +22,38 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_hyena import HyenaConfig
+from .ops.precision import without_autocast
 
 
 def _filter_dtype() -> torch.dtype:
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
+def _round_to_float32(x: float) -> float:
+    """The nearest float32, without a tensor: traced code may not read one."""
+    mantissa, exponent = math.frexp(x)
+    return math.ldexp(round(mantissa * 2**24), exponent - 24)
+
+
+def float32_linspace(start: float, end: float, count: int, index: Tensor) -> Tensor:
+    """`torch.linspace(start, end, count)` in float32 at the given indices, which may lie behind its end.
+
+    The published tables were made by it, and it gives other last bits on other processors. Like it, values are counted
+    from the nearer end with a float32 step; sums are formed in float64 (where the device has it) and rounded once,
+    which reproduces the published tables everywhere.
+    """
+    exact = torch.float32 if index.device.type == "mps" else torch.float64
+    first, last = _round_to_float32(start), _round_to_float32(end)
+    step = _round_to_float32(_round_to_float32(last - first) / max(count - 1, 1))
+    index = index.to(exact)
+    rising = first + step * index
+    falling = last - step * (count - 1 - index)
+    return torch.where(index < max(count // 2, 1), rising, falling).to(torch.float32)
+
+
 def filter_times(length: int, trained_length: int, device: torch.device | None = None) -> Tensor:
     """Time of every lag in float32 (length,): 0 to 1 over the trained length, going on at the same pace behind it."""
-    times = torch.linspace(0, 1, trained_length, device=device)
-    if length <= trained_length:
-        return times[:length]
-    rest = torch.arange(trained_length, length, device=device, dtype=torch.float32)
-    return torch.cat([times, rest / max(trained_length - 1, 1)])
+    return float32_linspace(0.0, 1.0, trained_length, torch.arange(length, device=device))
 
 
 def positional_features(
@@ -44,12 +64,12 @@ def positional_features(
     Published weights were trained on float32 angles, so they are formed in float32 here too: in float64 from the start
     the features of a trained model would differ by 1e-6.
     """
-    lags = torch.arange(length, device=device, dtype=torch.float32)
-    frequencies = torch.linspace(1e-4, num_bands - 1, num_bands, device=device)
-    angles = frequencies * (2 * math.pi * lags / trained_length).unsqueeze(-1)  # (length, K)
+    lags = torch.arange(length, device=device)
+    frequencies = float32_linspace(1e-4, num_bands - 1, num_bands, torch.arange(num_bands, device=lags.device))
+    angles = frequencies * (2 * math.pi * lags.to(torch.float32) / trained_length).unsqueeze(-1)  # (length, K)
     # the complex exponential of the published code: cosines of the same angles differ from it in the last bit
     waves = torch.exp(-1j * angles)
-    times = filter_times(length, trained_length, device).unsqueeze(-1)
+    times = filter_times(length, trained_length, lags.device).unsqueeze(-1)
     return torch.cat([times, waves.real, waves.imag], dim=-1)
 
 
@@ -57,7 +77,9 @@ def decay_rates(config: HyenaConfig) -> Tensor:
     """Rates of the exponential windows in float32, (order - 1, num_heads), from slow to fast over the packed axis."""
     logarithm = math.log(config.modulation_target)
     count = (config.order - 1) * config.num_filters
-    rates = torch.linspace(logarithm / config.slow_decay, logarithm / config.fast_decay, count)
+    rates = float32_linspace(
+        logarithm / config.slow_decay, logarithm / config.fast_decay, count, torch.arange(count)
+    )
     return rates.view(config.order - 1, config.num_filters)
 
 
@@ -86,7 +108,7 @@ class LongFilter(nn.Module):
 
     def exact_taps(self, length: int) -> Tensor:
         """`taps` in the filter's own dtype, also where autocast would run its layers in half precision."""
-        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+        with without_autocast(next(self.parameters()).device):
             return self.taps(length)
 
     def taps(self, length: int) -> Tensor:
@@ -129,7 +151,7 @@ class ImplicitFilter(LongFilter):
         width = config.filter_hidden_size
         sizes = [2 * self.num_bands + 1, *[width] * (config.filter_num_layers - 1)]
         outputs = (self.order - 1) * self.num_heads
-        self.layers = nn.ModuleList(nn.Linear(a, b, dtype=dtype) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b, dtype=dtype) for a, b in itertools.pairwise(sizes))
         self.output = nn.Linear(width, outputs, bias=False, dtype=dtype)
         # one frequency per hidden unit, shared by all layers as in the published models
         self.frequency = nn.Parameter(torch.full((width,), float(config.sine_frequency), dtype=dtype))
@@ -141,6 +163,7 @@ class ImplicitFilter(LongFilter):
         return positional_features(self.trained_length, self.trained_length, self.num_bands)
 
     def taps(self, length: int) -> Tensor:
+        """The formulas at the top of this file."""
         device, dtype = self.frequency.device, self.frequency.dtype
         if self.features is None:
             x = positional_features(length, self.trained_length, self.num_bands, device).to(dtype)
@@ -173,6 +196,7 @@ class ExplicitFilter(LongFilter):
         self.weight = nn.Parameter(torch.zeros(shape, dtype=_filter_dtype()))
 
     def taps(self, length: int) -> Tensor:
+        """The first taps of the parameter."""
         return self.weight[..., :length]
 
 

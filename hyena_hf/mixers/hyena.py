@@ -17,6 +17,7 @@ from ..cache import ExactHistory, HeadHistory, History, HyenaCacheLayer, NoMemor
 from ..configuration_hyena import HyenaConfig
 from ..filters import FILTERS
 from ..ops import Segments, over_rows
+from ..ops.precision import without_autocast
 
 
 class ShortConv(nn.Module):
@@ -89,7 +90,7 @@ class HyenaMixer(nn.Module):
         def mix(rows: Tensor, counts: Tensor | None) -> Tensor:
             # gates, filters and FFTs in float32 at least, under autocast too
             x = rows.transpose(1, 2).to(torch.promote_types(rows.dtype, torch.float32))
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x.device):
                 y = operator(x, counts, memory)
             return y.transpose(1, 2).to(rows.dtype)
 

@@ -68,8 +68,11 @@ class _CausalConv(torch.autograd.Function):
         return torch.fft.irfft(w_spectrum * h_spectrum, n=n)[..., :length]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "causal_fftconv is differentiable once; call backward or torch.autograd.grad without create_graph=True"
+            )
         w_spectrum, h_spectrum = ctx.saved_tensors
         length, taps, n = ctx.sizes
         # correlation with a signal is convolution with its reversal: the conjugate spectrum
@@ -94,8 +97,8 @@ def _check(u: Tensor, h: Tensor, direct: Tensor | None, gates: dict[str, Tensor 
             raise ValueError(f"{name} lies on {tensor.device} but u on {u.device}; move them to one device")
     if u.ndim != 3 or h.ndim != 2:
         raise ValueError(f"expected u (B, C, L) and h (H, K), got u {tuple(u.shape)} and h {tuple(h.shape)}")
-    if min(u.shape[1:]) == 0 or min(h.shape) == 0:
-        raise ValueError(f"empty input: u {tuple(u.shape)}, h {tuple(h.shape)}; every size but the batch must be above 0")
+    if min(*u.shape, *h.shape) == 0:
+        raise ValueError(f"empty input: u {tuple(u.shape)}, h {tuple(h.shape)}; every size must be at least 1")
     if u.shape[1] % h.shape[0]:
         raise ValueError(
             f"channels of u ({u.shape[1]}) must be a multiple of the filters in h ({h.shape[0]}): channel c uses filter "

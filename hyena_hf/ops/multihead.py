@@ -60,7 +60,19 @@ def multihead_conv(q: Tensor, k: Tensor, v: Tensor, h: Tensor, direct: Tensor) -
 
     Returns:
         (B, D, L), dtype of `q`; computed in float32 at least.
+
+    Raises:
+        ValueError: Shapes that do not fit.
     """
+    if q.ndim != 3 or k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[-1] < q.shape[-1]:
+        raise ValueError(
+            f"expected q (B, D, L) and k, v (B, D, T + L), got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if h.ndim != 2 or q.shape[1] % h.shape[0] or direct.shape != h.shape[:1]:
+        raise ValueError(
+            f"expected h (H, K) and direct (H,) with H dividing the {q.shape[1]} channels, got {tuple(h.shape)} and "
+            f"{tuple(direct.shape)}"
+        )
     dtype = torch.promote_types(torch.promote_types(q.dtype, h.dtype), torch.float32)
     batch, channels, new = q.shape
     heads, total = h.shape[0], k.shape[-1]

@@ -22,7 +22,17 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, past: Tens
 
     Returns:
         (B, C, L), dtype of `x` promoted with that of `weight`.
+
+    Raises:
+        ValueError: Shapes that do not fit.
     """
+    if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[1]:
+        raise ValueError(f"expected x (B, C, L) and weight (C, K), got {tuple(x.shape)} and {tuple(weight.shape)}")
+    if past is not None and past.shape != (*x.shape[:2], weight.shape[1] - 1):
+        raise ValueError(
+            f"past must hold the {weight.shape[1] - 1} inputs before x, {(*x.shape[:2], weight.shape[1] - 1)}, got "
+            f"{tuple(past.shape)}"
+        )
     taps, length = weight.shape[1], x.shape[-1]
     if past is None:
         padded = torch.nn.functional.pad(x, (taps - 1, 0))
