@@ -20,6 +20,14 @@ from training.trainer import CheckpointError, HyenaTrainer, last_good_checkpoint
 RECIPE = Recipe(steps=6, batch_size=2, log_every=1, save_every=2, evaluate_every=6, learning_rate=1e-2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny models lose by sharing work
+    yield
+    torch.set_num_threads(threads)
+
+
 def tiny_gpt2():
     set_seed(1)
     return GPT2LMHeadModel(
@@ -87,7 +95,10 @@ KILLED = """
 import signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
+import torch
 from test_training_trainer import HyenaTrainer, run
+
+torch.set_num_threads(1)
 
 def slow_save(self, output_dir):
     (Path(output_dir) / "rng_state.pth").write_bytes(b"half")

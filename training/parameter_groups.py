@@ -1,4 +1,4 @@
-"""Optimizer groups as a function of the model: who decays, who has the filters' learning rate (design.md, decision 9).
+"""Optimizer groups as a function of the model: who decays, who has the filters' learning rate.
 
 Our models name every parameter in the table of their `_init_weights` and give it out as `parameter_policy()`. Any
 other model gets the common rule: matrices and embeddings (2 and more dimensions) decay, vectors and scalars (biases,

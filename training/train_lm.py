@@ -88,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     transformers_logging.disable_progress_bar()
+    if options.smoke:
+        torch.set_num_threads(1)  # tiny models lose by sharing work
     processes = PartialState(cpu=not torch.accelerator.is_available())
     documents = _documents(options)
     with processes.local_main_process_first():
