@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from hyena_hf import HyenaConfig, HyenaForCausalLM
 from training.data import (
     Document,
     collate_rows,
@@ -51,7 +52,20 @@ def tiny_llama():
     )
 
 
-@pytest.mark.parametrize("make_model", [tiny_gpt2, tiny_llama])
+def tiny_hyena(order=2):
+    return HyenaForCausalLM(
+        HyenaConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            max_position_embeddings=32,
+            order=order,
+        )
+    )
+
+
+@pytest.mark.parametrize("make_model", [tiny_gpt2, tiny_llama, tiny_hyena, lambda: tiny_hyena(order=3)])
 def test_the_loss_of_packed_rows_is_that_of_the_pieces_alone(make_model):
     model = make_model().double().eval()
     documents = [torch.randint(50, (length,)) for length in (7, 1, 12, 25, 3)]
@@ -92,6 +106,24 @@ def test_datasets_saved_on_disk_and_parquet_files_are_read(tmp_path, monkeypatch
     for source in ("saved", "rows.parquet"):
         documents = read_documents([tmp_path / source], text_column="content")
         assert [document.text for document in documents] == ["one", "two"]
+
+
+def test_only_names_with_a_prefix_are_looked_up_on_the_hub(monkeypatch):
+    asked = []
+    rows = datasets.Dataset.from_dict({"text": ["one", "", "two"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: (asked.append((args, kwargs)), rows)[1])
+    documents = read_documents(["hf:owner/name:config", "hf:name"])
+    assert asked == [(("owner/name", "config"), {"split": "train"}), (("name", None), {"split": "train"})]
+    assert [document.name for document in documents[:2]] == ["hf:owner/name:config:1", "hf:owner/name:config:3"]
+
+
+def test_the_first_rows_of_a_set_are_a_set_of_rows():
+    rows = pack_documents([range(1, 8), range(8, 20)], 4)
+    for count in (1, 2, 100):
+        part = rows.first(count)
+        assert len(part) == min(count, len(rows))
+        for row, whole in zip(part, rows, strict=False):
+            assert all(torch.equal(row[name], whole[name]) for name in row)
 
 
 def test_bytes_that_are_not_utf8_are_refused_with_file_and_offset(tmp_path):

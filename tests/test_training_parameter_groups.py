@@ -6,6 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from hyena_hf import HyenaConfig, HyenaForCausalLM
 from training.parameter_groups import get_parameter_groups
 
 
@@ -27,7 +28,16 @@ def gpt2():
     )
 
 
-@pytest.mark.parametrize("make_model", [gpt2, Table])
+def hyena(**fields):
+    config = dict(vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=2, max_position_embeddings=8)
+    return HyenaForCausalLM(HyenaConfig(**config, **fields))
+
+
+def explicit_hybrid():
+    return hyena(layer_types=["hyena", "full_attention"], filter_types=["explicit", "implicit"], num_attention_heads=2)
+
+
+@pytest.mark.parametrize("make_model", [gpt2, Table, hyena, explicit_hybrid])
 def test_every_trainable_parameter_is_in_exactly_one_group(make_model):
     model = make_model()
     next(model.parameters()).requires_grad_(False)
@@ -45,6 +55,16 @@ def test_the_table_of_a_model_decides_decay_and_learning_rate():
         "base/no_decay": (1e-3, 0.0, 1),
         "filter/no_decay": (1e-4, 0.0, 1),
     }
+
+
+def test_the_filters_of_a_hyena_model_do_not_decay_and_have_their_own_rate():
+    model = hyena(trainable_positional_features=True)
+    groups = get_parameter_groups(model, learning_rate=1e-3, weight_decay=0.1, filter_learning_rate=1e-4)
+    filters = {id(parameter) for name, parameter in model.named_parameters() if ".filter." in name}
+    assert filters
+    for group in groups:
+        if filters & {id(parameter) for parameter in group["params"]}:
+            assert (group["lr"], group["weight_decay"]) == (1e-4, 0.0)
 
 
 def test_without_a_table_matrices_decay_and_vectors_do_not():

@@ -177,7 +177,8 @@ def run(plan: Plan, corpus: Corpus, options: argparse.Namespace) -> None:
         },
         "models": models,
         "baselines": run_baselines(corpus, options.output / "baselines.json"),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
     }
     page = write_report(results, options.output)
     print_table(results)

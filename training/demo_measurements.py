@@ -26,6 +26,7 @@ class Decoding:
 def measure_decoding(model: Any, prompt: torch.Tensor, *, new_tokens: int) -> Decoding:
     """Time greedy generation of `new_tokens` tokens after a prompt (L,); prefill and generate()'s own work count."""
     model.eval()
+    prompt = prompt.to(model.device)
     arguments = dict(do_sample=False, return_dict_in_generate=True, pad_token_id=0)
     model.generate(prompt[None], max_new_tokens=4, min_new_tokens=4, **arguments)  # first-use costs stay out
     begin = time.perf_counter()
@@ -60,7 +61,7 @@ def sample_texts(
     samples = []
     for prompt in prompts:
         set_seed(seed)
-        ids = torch.tensor([tokenizer(prompt).input_ids])
+        ids = torch.tensor([tokenizer(prompt).input_ids], device=model.device)
         output = model.generate(ids, max_new_tokens=new_tokens, do_sample=True, temperature=0.8, pad_token_id=0)
         text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         samples.append({"prompt": prompt, "text": text})

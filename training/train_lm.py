@@ -74,10 +74,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--batch-size", type=int, default=16, help="rows in a step, on each device")
     add("--steps", type=int, help="optimizer steps; default: once over the data")
     add("--learning-rate", type=float, default=1e-3, help="the peak")
-    add("--output", type=Path, default=Path("runs/train_lm"), help="folder of this run")
+    add("--output", type=Path, help="folder of this run; default: runs/train_lm, or runs/train_lm-smoke")
     add("--seed", type=int, default=0)
     add("--smoke", action="store_true", help="a tiny model, 20 steps, a little of the data: proves only that it runs")
     options = parser.parse_args(arguments)
+    if options.output is None:
+        options.output = Path("runs/train_lm-smoke" if options.smoke else "runs/train_lm")
     if options.smoke:
         options.model, options.length, options.batch_size, options.steps = "tiny", 64, 4, 20
     return options
