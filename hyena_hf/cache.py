@@ -582,7 +582,8 @@ def adopt_cache(cache: Cache, config: HyenaConfig, batch: int, owner: int) -> No
 def _replace_layers(cache: Cache) -> None:
     """Put our layers in the place of transformers' empty attention layers."""
     capacity = max(layer.get_max_length() for layer in cache.layers)
-    recording = any(cache.is_recording_past(index) for index in range(len(cache.layers)))
+    # what `Cache.is_recording_past` says, which transformers 5.17 lacks
+    recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
     for index, layer in enumerate(cache.layers):
         if type(layer) in _REPLACEABLE and not (layer.is_initialized and int(layer.get_seq_length())):
             cache.layers[index] = HyenaCacheLayer(capacity if isinstance(layer, StaticLayer) else None)

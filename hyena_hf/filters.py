@@ -77,13 +77,24 @@ def decay_rates(config: HyenaConfig) -> Tensor:
     """Rates of the exponential windows in float32, (order - 1, num_heads), from slow to fast over the packed axis."""
     logarithm = math.log(config.modulation_target)
     count = (config.order - 1) * config.num_filters
-    rates = float32_linspace(
-        logarithm / config.slow_decay, logarithm / config.fast_decay, count, torch.arange(count)
-    )
+    rates = float32_linspace(logarithm / config.slow_decay, logarithm / config.fast_decay, count, torch.arange(count))
     return rates.view(config.order - 1, config.num_filters)
 
 
-class LongFilter(nn.Module):
+class AtLeastFloat32(nn.Module):
+    """A module that ignores conversions to half precision; `double()` raises it."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def at_least_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if not moved.is_floating_point() or moved.dtype.itemsize >= 4:
+                return moved
+            return tensor.to(device=moved.device, dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+        return super()._apply(at_least_float32, recurse)
+
+
+class LongFilter(AtLeastFloat32):
     """What all filters share: shape, support, and a dtype of at least float32.
 
     Attributes:
@@ -114,15 +125,6 @@ class LongFilter(nn.Module):
     def taps(self, length: int) -> Tensor:
         """Taps for lags 0 to length - 1 within the support."""
         raise NotImplementedError
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        def at_least_float32(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if not moved.is_floating_point() or moved.dtype.itemsize >= 4:
-                return moved
-            return tensor.to(device=moved.device, dtype=torch.promote_types(tensor.dtype, torch.float32))
-
-        return super()._apply(at_least_float32, recurse)
 
 
 class ImplicitFilter(LongFilter):
@@ -202,4 +204,4 @@ class ExplicitFilter(LongFilter):
 
 FILTERS: dict[str, type[LongFilter]] = {"implicit": ImplicitFilter, "explicit": ExplicitFilter}
 
-__all__ = ["ExplicitFilter", "ImplicitFilter", "LongFilter"]
+__all__ = ["AtLeastFloat32", "ExplicitFilter", "ImplicitFilter", "LongFilter"]

@@ -168,6 +168,11 @@ class HyenaPreTrainedModel(PreTrainedModel):
         elif isinstance(module, HyenaMixer):
             init.normal_(module.skip)
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:  # noqa: ARG002 (its signature)
+        # In models from outside, transformers skips modules without parameters of their own, such as our blocks, for
+        # fear of in-place writes. All of ours go through `init`, which leaves loaded tensors alone.
+        super()._initialize_weights(module)
+
     def parameter_policy(self) -> dict[str, tuple[bool, str]]:
         """Weight decay (yes or no) and learning-rate group (`"base"` or `"filter"`) of every parameter, by name.
 
@@ -373,7 +378,9 @@ class HyenaModel(HyenaPreTrainedModel):
                 return None
             cache = DynamicCache(config=self.config)
         if self.gradient_checkpointing and self.training:
-            raise ValueError("gradient checkpointing runs blocks twice, which a cache cannot follow; pass use_cache=False")
+            raise ValueError(
+                "gradient checkpointing runs blocks twice, which a cache cannot follow; pass use_cache=False"
+            )
         adopt_cache(cache, self.config, batch, id(self))
         return cache
 

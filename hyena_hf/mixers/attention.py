@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..cache import AttentionHistory, HyenaCacheLayer, NoMemory
 from ..configuration_hyena import HyenaConfig
+from ..filters import AtLeastFloat32
 from ..ops import Segments, over_rows
 
 
@@ -32,8 +33,11 @@ def rotary_frequencies(config: HyenaConfig) -> tuple[Tensor, float]:
     return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
 
 
-class RotaryEmbedding(nn.Module):
-    """Cosine and sine of the rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves not interleaved."""
+class RotaryEmbedding(AtLeastFloat32):
+    """Cosine and sine of the rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves not interleaved.
+
+    Frequencies rounded to bfloat16 would turn distant positions by a wrong angle.
+    """
 
     def __init__(self, config: HyenaConfig) -> None:
         super().__init__()

@@ -9,13 +9,10 @@ padded with zeros. Computed in float32 at least (float64 for float64 inputs), re
 B batch, C channels, H filters, L length, K taps, n FFT length.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=1024)
 def _next_even_5_smooth(n: int) -> int:
     best = 1 << (n - 1).bit_length() if n > 1 else 2
     five = 1
@@ -97,7 +94,7 @@ def _check(u: Tensor, h: Tensor, direct: Tensor | None, gates: dict[str, Tensor 
             raise ValueError(f"{name} lies on {tensor.device} but u on {u.device}; move them to one device")
     if u.ndim != 3 or h.ndim != 2:
         raise ValueError(f"expected u (B, C, L) and h (H, K), got u {tuple(u.shape)} and h {tuple(h.shape)}")
-    if min(*u.shape, *h.shape) == 0:
+    if 0 in (*u.shape, *h.shape):  # not min(): torch.export would have to know which size is the smallest
         raise ValueError(f"empty input: u {tuple(u.shape)}, h {tuple(h.shape)}; every size must be at least 1")
     if u.shape[1] % h.shape[0]:
         raise ValueError(
