@@ -10,11 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
+from hyena_hf import HyenaConfig, HyenaForCausalLM
 from training.data import pack_documents
 from training.recipe import Recipe, train
-from training.trainer import CheckpointError, HyenaTrainer, last_good_checkpoint
+from training.trainer import CheckpointError, HyenaTrainer, StepClock, last_good_checkpoint
 
 
 RECIPE = Recipe(steps=6, batch_size=2, log_every=1, save_every=2, evaluate_every=6, learning_rate=1e-2)
@@ -33,6 +42,12 @@ def tiny_gpt2():
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
     )
+
+
+def tiny_hyena():
+    set_seed(1)
+    config = dict(vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=2, max_position_embeddings=16)
+    return HyenaForCausalLM(HyenaConfig(**config, layer_types=["hyena", "full_attention"], num_attention_heads=2))
 
 
 def rows():
@@ -89,6 +104,24 @@ def test_a_folder_of_another_run_is_refused_with_the_difference(uninterrupted):
     other = Recipe(steps=6, batch_size=2, log_every=1, save_every=2, evaluate_every=6, learning_rate=2e-2)
     with pytest.raises(ValueError, match=r"holds another run: learning_rate \(0.01 there, 0.02 now\)"):
         run(output_dir, other)
+
+
+def interrupt_after_step_5(clock, args, state, control, **kwargs):  # noqa: ARG001 (a callback's signature)
+    if state.global_step == 5:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("make_model", [tiny_gpt2, tiny_hyena])
+def test_an_interrupted_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, monkeypatch, make_model):
+    expected_model, expected = run(tmp_path / "whole", model=make_model())
+    with monkeypatch.context() as patch:
+        patch.setattr(StepClock, "on_step_end", interrupt_after_step_5)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts", model=make_model())
+    set_seed(99)
+    model, result = run(tmp_path / "parts", model=make_model())
+    assert torch.equal(weights(model), weights(expected_model))
+    assert result.loss_curve == expected.loss_curve
 
 
 KILLED = """
