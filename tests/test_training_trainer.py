@@ -15,7 +15,6 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )

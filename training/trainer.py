@@ -101,7 +101,7 @@ class HyenaTrainer(Trainer):
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load weights; Trainer itself first reads config.json as a plain one, which refuses the layer type `hyena`."""
+        """Load weights; Trainer first reads config.json as a plain one, which refuses the layer type `hyena`."""
         weights = Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME
         if model is None and weights.exists() and self.model is not None:
             self._issue_warnings_after_load(self.model.load_state_dict(load_file(weights), strict=False))
