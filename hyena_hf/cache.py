@@ -465,6 +465,7 @@ class HyenaCacheLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last -tokens_to_remove columns of the stream and commit the rest of the pending ones."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 hands over a 0-d tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
         remove = -tokens_to_remove

@@ -226,7 +226,7 @@ def _check_stream(
     stream = input_ids if input_ids is not None else inputs_embeds
     assert stream is not None  # noqa: S101 (narrows the type)
     expected = 2 if input_ids is not None else 3
-    if stream.ndim != expected:
+    if stream.ndim != expected or (expected == 3 and stream.shape[-1] != config.hidden_size):
         shape = "(batch, length)" if input_ids is not None else f"(batch, length, {config.hidden_size})"
         raise ValueError(f"expected a tensor of shape {shape}, got {tuple(stream.shape)}")
     batch, length = stream.shape[:2]
@@ -457,7 +457,7 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
         Returns:
             `logits` (B, L, V), `loss` when labels are given, `past_key_values`.
         """
-        self._check_labels(labels)
+        self._check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds, logits_to_keep)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -488,9 +488,15 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
-    def _check_labels(self, labels: Tensor | None) -> None:
+    def _check_labels(self, labels: Tensor | None, stream: Tensor | None, logits_to_keep: int | Tensor) -> None:
         if labels is None or torch.compiler.is_compiling():
             return
+        whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if whole and stream is not None and labels.shape != stream.shape[:2]:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}, but the batch {tuple(stream.shape[:2])}; give one label a "
+                f"token, -100 for positions without loss"
+            )
         wrong = ((labels < 0) | (labels >= self.config.vocab_size)) & (labels != -100)
         if bool(wrong.any()):
             raise ValueError(

@@ -86,9 +86,13 @@ def new_model(name: str = "order 2", dtype: torch.dtype = torch.float32, seed: i
 
 
 @cache
+def _model_of(name: str, dtype: torch.dtype) -> HyenaForCausalLM:
+    return new_model(name, dtype).requires_grad_(False)
+
+
 def model_of(name: str = "order 2", dtype: torch.dtype = torch.float64) -> HyenaForCausalLM:
     """The model of `new_model`, built once: for tests that leave it as it is."""
-    return new_model(name, dtype).requires_grad_(False)
+    return _model_of(name, dtype)
 
 
 def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
