@@ -85,7 +85,7 @@ def test_a_smoke_run_fills_the_report(smoke):
     folder, _ = smoke
     results = json.loads((folder / "results.json").read_text())
     assert (folder / "report.html").stat().st_size > 1000
-    assert results["baselines"].keys() == {"Markov, order 5", "xz"}
+    assert {name.split(",")[0] for name in results["baselines"]} == {"Markov", "xz"}
     assert results["corpus"]["heldout_bytes"] > 0
     for numbers in results["models"].values():
         assert 0 < numbers["heldout_bits_per_byte"] < 9
