@@ -7,7 +7,7 @@ entered by name instead and imported on first use; ours are entered in the same 
 
 import sys
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, configuration_utils
 from transformers.models.auto import modeling_auto
 
 from .configuration_hyena import HyenaConfig
@@ -22,6 +22,10 @@ def register() -> None:
     """Enter config, models and tokenizers; calling it twice does no harm."""
     model_type = HyenaConfig.model_type
     AutoConfig.register(model_type, HyenaConfig, exist_ok=True)
+    # Trainer reads the config of a checkpoint as a plain PreTrainedConfig, whose list of mixers is closed
+    known = configuration_utils.ALLOWED_ATTN_LAYER_TYPES
+    if "hyena" not in known:
+        configuration_utils.ALLOWED_ATTN_LAYER_TYPES = (*known, "hyena")
     for table, class_name in _MODELS.items():
         getattr(modeling_auto, f"{table}_NAMES")[model_type] = class_name
         mapping = getattr(modeling_auto, table)

@@ -16,7 +16,8 @@ the rest: rollback is exact, and costs nothing else.
 B batch, C channels of an operator, T committed columns, n new columns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -32,9 +33,7 @@ from transformers.cache_utils import (
 )
 
 from .configuration_hyena import HyenaConfig
-from .filters import LongFilter
 from .ops import causal_fftconv, multihead_conv, short_conv
-from .ops.segments import zero_tail
 
 
 # Columns that stay pending after the first recorded call; later calls leave at least their own length.
@@ -57,6 +56,21 @@ def _shift_left(x: Tensor, by: Tensor) -> Tensor:
     return x.gather(2, index.clamp(max=x.shape[-1] - 1).unsqueeze(1).expand_as(x))
 
 
+class Evaluable(Protocol):
+    """What the cache asks of a filter, see `hyena_hf.filters.LongFilter`."""
+
+    support: int | None
+    max_length: int | None
+
+    def __call__(self, length: int) -> Tensor:
+        """Taps (order - 1, H, length)."""
+        ...
+
+    def exact_taps(self, length: int) -> Tensor:
+        """Taps within the support, not padded."""
+        ...
+
+
 class Taps:
     """The filter of one layer, evaluated once for a whole generation.
 
@@ -73,7 +87,7 @@ class Taps:
         self.reversed: Tensor | None = None  # (order - 1, H, length), lag 0 last
         self.length = 0
 
-    def _reach(self, long_filter: LongFilter, length: int) -> Tensor:
+    def _reach(self, long_filter: Evaluable, length: int) -> Tensor:
         if isinstance(length, torch.SymInt):  # an exported graph: no comparison may depend on the length
             return long_filter.exact_taps(length if long_filter.support is None else long_filter.support)
         if self.h is None or self.length < length:
@@ -81,16 +95,17 @@ class Taps:
             self.length = max(self.length, self.capacity or 0)
             # the model has refused inputs longer than max_length; lags behind it meet only empty columns
             bounds = [n for n in (long_filter.support, long_filter.max_length) if n is not None]
-            self.h = long_filter(min([self.length, *bounds]))
+            self.h = h = long_filter(min([self.length, *bounds]))
             self.reversed = None
+            return h
         return self.h
 
-    def rising(self, long_filter: LongFilter, index: int, length: int) -> Tensor:
+    def rising(self, long_filter: Evaluable, index: int, length: int) -> Tensor:
         """Taps of convolution `index` for lags 0, 1, ... (H, K); all taps from K on are zero or out of reach."""
         h = self._reach(long_filter, length)[index]
         return h if isinstance(length, torch.SymInt) else h[:, :length]
 
-    def falling(self, long_filter: LongFilter, index: int, length: int) -> Tensor:
+    def falling(self, long_filter: Evaluable, index: int, length: int) -> Tensor:
         """Taps of convolution `index` for lags length - 1, ..., 0 (H, length), the order of a stored past."""
         h = self._reach(long_filter, length)
         if self.reversed is None:
@@ -183,8 +198,11 @@ class History:
         self.buffer[..., self.used : end] = w
         self.used = end
 
-    def respond(self, w: Tensor, *operator) -> Tensor:
-        """Outputs for left-aligned new inputs w (B, C, n), given what is committed; changes nothing."""
+    def respond(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Outputs for left-aligned new inputs w (B, C, n), given what is committed; changes nothing.
+
+        Subclasses take w and what their operator needs beside it.
+        """
         raise NotImplementedError
 
     def push(self, w: Tensor, counts: Tensor | None, keep: int, *operator) -> Tensor:
@@ -199,9 +217,6 @@ class History:
         Returns:
             Outputs (B, C', n).
         """
-        if counts is not None:
-            # behind a row's end stand biases and gates of nothing, which must not be remembered
-            w = zero_tail(w, counts)
         if self.pending is None and not keep:
             y = self.respond(w, *operator)
             self.commit(w, counts)
@@ -227,7 +242,7 @@ class History:
         index = torch.where(columns < self.pending_counts.unsqueeze(1), columns, columns + gap)
         merged = merged.gather(2, index.clamp(max=merged.shape[-1] - 1).unsqueeze(1).expand_as(merged))
         total = self.pending_counts + (w.shape[-1] if counts is None else counts)
-        return zero_tail(merged, total), total, self.pending_counts
+        return merged, total, self.pending_counts
 
     def _keep_last(self, merged: Tensor, counts: Tensor | None, keep: int) -> None:
         if counts is None:
@@ -263,7 +278,7 @@ class History:
             if left:
                 self.commit(pending[..., :left], None)
         else:
-            self.commit(zero_tail(pending, left), left)
+            self.commit(pending, left)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that has a batch dimension, by attribute name."""
@@ -295,7 +310,7 @@ class ExactHistory(History):
     This is the reference that every other summary of the past is measured against.
     """
 
-    def respond(self, w: Tensor, taps: Taps, long_filter: LongFilter, index: int, direct: Tensor) -> Tensor:
+    def respond(self, w: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor:
         """Long convolution of everything up to each new input.
 
         Args:
@@ -333,7 +348,7 @@ class ExactHistory(History):
 class HeadHistory(History):
     """Keys and values of MultiHyena heads: 2 D numbers a token instead of the D P of their outer products."""
 
-    def respond(self, w: Tensor, taps: Taps, long_filter: LongFilter, index: int, direct: Tensor) -> Tensor:
+    def respond(self, w: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor:
         """MultiHyena convolution; w holds queries, keys and values (B, 3 D, n), the rest as in `ExactHistory`."""
         kv = torch.cat([self.reachable(w), w[:, self.queries :]], dim=-1)
         keys, values = kv.chunk(2, dim=1)
@@ -352,7 +367,7 @@ class AttentionHistory(History):
 class NoMemory:
     """Stands in for a cache layer when nothing is remembered."""
 
-    def __init__(self, histories: list[History]) -> None:
+    def __init__(self, histories: Sequence[History]) -> None:
         self.histories = histories
         self.taps = Taps()
 
@@ -386,7 +401,7 @@ class HyenaCacheLayer(CacheLayerMixin):
         self._forget()
 
     def _forget(self) -> None:
-        self.histories: list[History] = []
+        self.histories: Sequence[History] = []
         self.taps = Taps()
         self.length: int | Tensor = 0  # columns of the stream seen, what generate() counts
         self.tokens: int | Tensor = 0  # real tokens seen: an int, 0-d, or (B,) where rows differ
@@ -395,7 +410,7 @@ class HyenaCacheLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def attach(
-        self, make: Callable[[int | None, int | None], list[History]], batch: int, device: torch.device
+        self, make: Callable[[int | None, int | None], Sequence[History]], batch: int, device: torch.device
     ) -> None:
         """Set up the histories on first use: make(static capacity or None, length to make room for or None)."""
         if self.is_initialized:
@@ -435,11 +450,11 @@ class HyenaCacheLayer(CacheLayerMixin):
 
     # what transformers asks of a cache layer
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:  # noqa: ARG002
         """Not used: mixers call `attach`."""
         raise TypeError("a HyenaCacheLayer stores no keys and values; use the cache with a Hyena model")
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Not used: mixers call `push`."""
         raise TypeError("a HyenaCacheLayer stores no keys and values; use the cache with a Hyena model")
 
@@ -473,8 +488,8 @@ class HyenaCacheLayer(CacheLayerMixin):
         removed = self._real_among_last(remove)
         if remove > recorded or not all(history.can_crop(removed) for history in self.histories):
             raise ValueError(
-                f"crop({tokens_to_remove}) reaches beyond the tokens that can still be taken back ({recorded} were fed "
-                f"since the last crop, of which a long call keeps the last {self.max_pending}); call "
+                f"crop({tokens_to_remove}) reaches beyond the tokens that can still be taken back ({recorded} were "
+                f"fed since the last crop, of which a long call keeps the last {self.max_pending}); call "
                 f"activate_past_recording() before the tokens are fed"
             )
         for history in self.histories:
@@ -536,12 +551,12 @@ class HyenaCacheLayer(CacheLayerMixin):
         return self.taps.nbytes() + sum(history.nbytes() for history in self.histories)
 
 
-STATIC_LAYER_TYPE_MAPPING[HyenaCacheLayer._layer_type] = HyenaCacheLayer
+STATIC_LAYER_TYPE_MAPPING["hyena"] = HyenaCacheLayer
 
 _REPLACEABLE = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
-def adopt_cache(cache: Cache, config: HyenaConfig, batch: int, owner: int) -> None:
+def adopt_cache(cache: Cache, config: HyenaConfig, batch: int, owner: int) -> list[HyenaCacheLayer]:
     """Make a transformers cache fit for a Hyena model, in place, or refuse it.
 
     transformers gives attention layers its own cache layers, which keep columns of the stream: with unequal rows a
@@ -553,22 +568,26 @@ def adopt_cache(cache: Cache, config: HyenaConfig, batch: int, owner: int) -> No
         batch: Rows of the batch.
         owner: Identity of the model.
 
+    Returns:
+        The layers of the cache.
+
     Raises:
         ValueError: The cache belongs to another model or batch size, or cannot serve this model.
     """
     if not isinstance(cache, Cache):
         raise TypeError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}; use DynamicCache")
     if not cache.layers and cache.layer_class_to_replicate is not None:
-        cache.layers = [HyenaCacheLayer() for _ in range(config.num_hidden_layers)]
+        cache.layers.extend(HyenaCacheLayer() for _ in range(config.num_hidden_layers))
         cache.layer_class_to_replicate = None
     if len(cache.layers) != config.num_hidden_layers:
         raise ValueError(
-            f"the cache has {len(cache.layers)} layers but the model {config.num_hidden_layers}; it belongs to another "
-            f"model: build one with DynamicCache(config=model.config)"
+            f"the cache has {len(cache.layers)} layers but the model {config.num_hidden_layers}; it belongs to "
+            f"another model: build one with DynamicCache(config=model.config)"
         )
     if not all(isinstance(layer, HyenaCacheLayer) for layer in cache.layers):
         _replace_layers(cache)
-    for layer in cache.layers:
+    layers = cast("list[HyenaCacheLayer]", cache.layers)
+    for layer in layers:
         if not layer.is_initialized:
             continue
         if layer.owner != owner:
@@ -578,6 +597,7 @@ def adopt_cache(cache: Cache, config: HyenaConfig, batch: int, owner: int) -> No
                 f"the cache holds {layer.batch_size} sequences but the batch has {batch}; use "
                 f"batch_select_indices or batch_repeat_interleave, or start with an empty cache"
             )
+    return layers
 
 
 def _replace_layers(cache: Cache) -> None:
@@ -586,14 +606,21 @@ def _replace_layers(cache: Cache) -> None:
     # what `Cache.is_recording_past` says, which transformers 5.17 lacks
     recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
     for index, layer in enumerate(cache.layers):
-        if type(layer) in _REPLACEABLE and not (layer.is_initialized and int(layer.get_seq_length())):
-            cache.layers[index] = HyenaCacheLayer(capacity if isinstance(layer, StaticLayer) else None)
-        elif not isinstance(layer, HyenaCacheLayer):
+        if isinstance(layer, HyenaCacheLayer):
+            ours = layer
+        elif isinstance(layer, _REPLACEABLE) and type(layer) in _REPLACEABLE and not _holds_tokens(layer):
+            ours = HyenaCacheLayer(capacity if isinstance(layer, StaticLayer) else None)
+        else:
             raise ValueError(
                 f"layer {index} of the cache is a {type(layer).__name__} that a Hyena model cannot use (filled by "
                 f"another model, or quantized); pass an empty DynamicCache(config=model.config)"
             )
-        cache.layers[index].record_past = recording  # pyright: ignore (ours by now)
+        ours.record_past = recording
+        cache.layers[index] = ours
+
+
+def _holds_tokens(layer: CacheLayerMixin) -> bool:
+    return layer.is_initialized and int(layer.get_seq_length()) > 0
 
 
 __all__ = ["AttentionHistory", "ExactHistory", "HeadHistory", "HyenaCacheLayer", "NoMemory", "Window", "adopt_cache"]

@@ -9,13 +9,21 @@ import difflib
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
+
+if TYPE_CHECKING:
+    # None until `__post_init__` has filled them in, so never None where they are read
+    from typing import Any as ResolvedDict
+    from typing import Any as ResolvedInt
+    from typing import Any as ResolvedNames
+else:
+    ResolvedInt, ResolvedNames, ResolvedDict = int | None, list[str] | None, dict | None
 
 LAYER_TYPES = ("hyena", "full_attention", "sliding_attention")
 FILTER_TYPES = ("implicit", "explicit")
@@ -142,8 +150,8 @@ class HyenaConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     order: int = 2
     num_heads: int | None = None
-    layer_types: list[str] | None = None
-    filter_types: list[str] | None = None
+    layer_types: ResolvedNames = None
+    filter_types: ResolvedNames = None
     filter_length: int | list[int] | None = None
     filter_hidden_size: int = 64
     filter_num_layers: int = 4
@@ -162,11 +170,11 @@ class HyenaConfig(PreTrainedConfig):
     gated_mlp: bool = False
     mlp_bias: bool = True
     use_bias: bool = True
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_attention_heads: ResolvedInt = None
+    num_key_value_heads: ResolvedInt = None
+    head_dim: ResolvedInt = None
     sliding_window: int | None = None
-    rope_parameters: dict | None = None
+    rope_parameters: ResolvedDict = None
     beyond_trained_length: Literal["extrapolate", "refuse"] = "extrapolate"
     residual_in_fp32: bool = False
     initializer_range: float = 0.02
@@ -202,12 +210,12 @@ class HyenaConfig(PreTrainedConfig):
     @property
     def has_attention(self) -> bool:
         """Whether any layer is an attention layer."""
-        return any(layer_type != "hyena" for layer_type in self.layer_types or ())
+        return any(layer_type != "hyena" for layer_type in self.layer_types)
 
     def filter_support(self, layer: int) -> int | None:
         """Taps of the filter of one layer; None where it never ends."""
         length = self.filter_length[layer] if isinstance(self.filter_length, list) else self.filter_length
-        if length is None and self.filter_types is not None and self.filter_types[layer] == "explicit":
+        if length is None and self.filter_types[layer] == "explicit":
             return self.max_position_embeddings
         return length
 
@@ -318,6 +326,6 @@ class HyenaConfig(PreTrainedConfig):
 
 HyenaConfig.__init__ = _plain_errors(HyenaConfig.__init__)
 HyenaConfig.__setattr__ = _plain_errors(HyenaConfig.__setattr__)
-HyenaConfig.validate = _plain_errors(HyenaConfig.validate)
+HyenaConfig.validate = _plain_errors(HyenaConfig.validate)  # pyright: ignore (made by @strict)
 
 __all__ = ["HyenaConfig"]

@@ -135,6 +135,8 @@ class ImplicitFilter(LongFilter):
         layer_idx: Layer that the filter belongs to.
     """
 
+    decay_rates: Tensor | None
+
     def __init__(self, config: HyenaConfig, layer_idx: int) -> None:
         super().__init__()
         self.order, self.num_heads = config.order, config.num_filters

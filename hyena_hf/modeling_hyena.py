@@ -94,7 +94,7 @@ class HyenaDecoderLayer(GradientCheckpointingLayer):
         **kwargs,
     ) -> Tensor:
         # the residual stream may be wider (float32) than the weights
-        dtype = self.mlp_norm.weight.dtype
+        dtype = self.mlp.down_proj.weight.dtype
         mixed = self.mixer(
             self.mixer_norm(hidden_states.to(dtype)),
             segments=segments,
@@ -187,7 +187,9 @@ class HyenaPreTrainedModel(PreTrainedModel):
         return policy
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args, output_loading_info: bool = False, **kwargs
+    ) -> Any:
         """Load a model as transformers does, but refuse a file that does not hold the whole model.
 
         Raises:
@@ -195,14 +197,15 @@ class HyenaPreTrainedModel(PreTrainedModel):
                 base model is no error.
         """
         try:
-            model, info = super().from_pretrained(
+            loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
         except SafetensorError as error:
             raise ValueError(
-                f"the weights in {pretrained_model_name_or_path} are corrupt or truncated ({error}); copy them again or "
-                f"load an earlier checkpoint"
+                f"the weights in {pretrained_model_name_or_path} are corrupt or truncated ({error}); copy them again "
+                f"or load an earlier checkpoint"
             ) from error
+        model, info = loaded
         base = f"{cls.base_model_prefix}."
         inside = [key for key in model.state_dict() if key.startswith(base)] or list(model.state_dict())
         parts = {key.removeprefix(base).split(".")[0] for key in inside}
@@ -211,8 +214,8 @@ class HyenaPreTrainedModel(PreTrainedModel):
         if missing or foreign:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is no complete checkpoint of this {cls.__name__}: {len(missing)} "
-                f"tensors are missing (first {missing[:3]}), {len(foreign)} do not belong (first {foreign[:3]}); check "
-                f"that config.json and the weights come from the same model"
+                f"tensors are missing (first {missing[:3]}), {len(foreign)} do not belong (first {foreign[:3]}); "
+                f"check that config.json and the weights come from the same model"
             )
         return (model, info) if output_loading_info else model
 
@@ -309,13 +312,16 @@ class HyenaModel(HyenaPreTrainedModel):
         """
         batch, length, device = _check_stream(input_ids, inputs_embeds, self.config)
         starts = self._documents(batch, length, attention_mask, position_ids, past_key_values, seq_idx, cu_seq_lens_q)
-        cache = self._cache(past_key_values, bool(use_cache) and starts is None, batch)
-        first = None if cache is None else cache.layers[0]
+        cache = past_key_values
+        if cache is None and use_cache and starts is None:
+            cache = DynamicCache(config=self.config)
+        cache_layers = self._cache_layers(cache, batch)
+        first = None if cache_layers is None else cache_layers[0]
         past = 0 if first is None else first.length
         mask = _real_tokens(attention_mask, batch, length, past)
         if mask is not None and bool(mask.all()):
             mask = None
-        segments = build_segments(mask, starts, cached=cache is not None)
+        segments = build_segments(mask, starts, cached=cache_layers is not None)
         self._check_length(first, length if segments is None else segments.max_length, length)
 
         if inputs_embeds is None:
@@ -333,14 +339,13 @@ class HyenaModel(HyenaPreTrainedModel):
             hidden_states = layer(
                 hidden_states,
                 segments=segments,
-                cache_layer=None if cache is None else cache.layers[index],
+                cache_layer=None if cache_layers is None else cache_layers[index],
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-        if cache is not None:
-            for cache_layer in cache.layers:
-                cache_layer.owner = id(self)
-                cache_layer.advance(length, mask)
+        for cache_layer in cache_layers or ():
+            cache_layer.owner = id(self)
+            cache_layer.advance(length, mask)
         hidden_states = self.norm(hidden_states.to(self.embed_tokens.weight.dtype))
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=cache)
 
@@ -367,22 +372,19 @@ class HyenaModel(HyenaPreTrainedModel):
         )
         if starts is not None and past_key_values is not None:
             raise ValueError(
-                "packed documents cannot share a cache with what follows them; leave past_key_values out, or give each "
-                "document its own row"
+                "packed documents cannot share a cache with what follows them; leave past_key_values out, or give "
+                "each document its own row"
             )
         return starts
 
-    def _cache(self, cache: Cache | None, wanted: bool, batch: int) -> Cache | None:
+    def _cache_layers(self, cache: Cache | None, batch: int) -> list[HyenaCacheLayer] | None:
         if cache is None:
-            if not wanted:
-                return None
-            cache = DynamicCache(config=self.config)
+            return None
         if self.gradient_checkpointing and self.training:
             raise ValueError(
                 "gradient checkpointing runs blocks twice, which a cache cannot follow; pass use_cache=False"
             )
-        adopt_cache(cache, self.config, batch, id(self))
-        return cache
+        return adopt_cache(cache, self.config, batch, id(self))
 
     def _check_length(self, first: HyenaCacheLayer | None, new: int, columns: int) -> None:
         """Refuse sequences beyond the trained length where the config says so, and beyond a static cache."""
@@ -425,7 +427,7 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012 # pyright: ignore (typed too narrowly)
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: HyenaConfig) -> None:
@@ -448,7 +450,9 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits of the next token at every position; arguments as in `HyenaModel.forward`, and:
+        """Logits of the next token at every position.
+
+        Arguments as in `HyenaModel.forward`, and two more.
 
         Args:
             labels: Token ids (B, L), -100 where no loss is wanted; shifted inside, so pass the input ids.
@@ -467,7 +471,7 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
+        hidden_states: Any = outputs.last_hidden_state
         if isinstance(logits_to_keep, int):
             hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
         elif logits_to_keep.ndim == 2 and logits_to_keep.dtype == torch.bool:
@@ -500,8 +504,8 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
         wrong = ((labels < 0) | (labels >= self.config.vocab_size)) & (labels != -100)
         if bool(wrong.any()):
             raise ValueError(
-                f"labels hold {int(labels[wrong][0])}, outside the vocabulary of {self.config.vocab_size}; use -100 for "
-                f"positions without loss"
+                f"labels hold {int(labels[wrong][0])}, outside the vocabulary of {self.config.vocab_size}; use -100 "
+                f"for positions without loss"
             )
 
     # generation
@@ -513,19 +517,18 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
         generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
-    ) -> None:
+    ) -> Any:
         """Tell a new cache how long the generation can get, so that its buffers and filters are made once."""
         given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
+        prepare: Callable = super()._prepare_cache_for_generation  # pyright: ignore (its self is a protocol)
+        prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         cache = model_kwargs.get("past_key_values")
         if cache is None or cache is given:
             return
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        adopt_cache(cache, self.config, rows, id(self.model))
+        layers = adopt_cache(cache, self.config, rows, id(self.model))
         lookup = generation_config.prompt_lookup_num_tokens or 0
-        for layer in cache.layers:
+        for layer in layers:
             layer.max_pending = max(layer.max_pending, lookup + 1)
             if layer.max_cache_len is None:
                 layer.expected_length = max_cache_length + 1 + lookup

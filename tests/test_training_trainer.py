@@ -292,3 +292,18 @@ def test_every_model_reads_the_same_rows_in_the_same_order(tmp_path, monkeypatch
 def test_a_recipe_that_cannot_run_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**fields)
+
+
+def test_the_stock_trainer_resumes_a_hyena_checkpoint(tmp_path):
+    data = [{"input_ids": torch.arange(8) % 16, "labels": torch.arange(8) % 16} for _ in range(4)]
+
+    def trainer(steps):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=steps, save_steps=1, report_to="none", use_cpu=True, disable_tqdm=True
+        )
+        return Trainer(tiny_hyena(), arguments, train_dataset=data)
+
+    trainer(1).train()
+    resumed = trainer(2)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2

@@ -32,6 +32,9 @@ class Size:
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     intermediate_size: int = 640
+    initializer_range: float = (
+        0.06  # the usual 0.02 suits widths near 1,000: a narrow model starts too quietly from it
+    )
     end_token: int | None = None
 
 
@@ -43,6 +46,7 @@ def hyena_config(size: Size) -> PreTrainedConfig:
         num_hidden_layers=size.num_hidden_layers,
         intermediate_size=size.intermediate_size,
         max_position_embeddings=size.length,
+        initializer_range=size.initializer_range,
         eos_token_id=size.end_token,
     )
 
@@ -56,6 +60,7 @@ def gpt2_config(size: Size, intermediate_size: int) -> PreTrainedConfig:
         n_head=size.num_attention_heads,
         n_inner=intermediate_size,
         n_positions=size.length,
+        initializer_range=size.initializer_range,
         embd_pdrop=0.0,
         resid_pdrop=0.0,
         attn_pdrop=0.0,
@@ -73,6 +78,7 @@ def llama_config(size: Size, intermediate_size: int) -> PreTrainedConfig:
         num_attention_heads=size.num_attention_heads,
         intermediate_size=intermediate_size,
         max_position_embeddings=size.length,
+        initializer_range=size.initializer_range,
         tie_word_embeddings=True,
         bos_token_id=size.end_token,
         eos_token_id=size.end_token,

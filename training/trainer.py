@@ -23,11 +23,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from training.parameter_groups import get_parameter_groups
 
@@ -99,14 +97,6 @@ class HyenaTrainer(Trainer):
                 raise ValueError(f"{output_dir} holds no complete checkpoint to resume from; train without resuming")
             resume_from_checkpoint = str(last)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load weights; Trainer first reads config.json as a plain one, which refuses the layer type `hyena`."""
-        weights = Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME
-        if model is None and weights.exists() and self.model is not None:
-            self._issue_warnings_after_load(self.model.load_state_dict(load_file(weights), strict=False))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss without making a cache."""

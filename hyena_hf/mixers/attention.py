@@ -2,8 +2,8 @@
 """Softmax attention, full or sliding, grouped-query, rotary: the other mixer of hybrid models.
 
 It runs through transformers' attention interface, so every implementation registered there serves. Like all mixers it
-sees dense left-aligned rows; keys and values of earlier calls are right-aligned before them, hence the usual causal and
-sliding masks are right for every row, and unequal rows differ only by empty columns at the left.
+sees dense left-aligned rows; keys and values of earlier calls are right-aligned before them, hence the usual causal
+and sliding masks are right for every row, and unequal rows differ only by empty columns at the left.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from transformers.masking_utils import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..cache import AttentionHistory, HyenaCacheLayer, NoMemory
-from ..configuration_hyena import HyenaConfig
-from ..filters import AtLeastFloat32
-from ..ops import Segments, over_rows
+from hyena_hf.cache import AttentionHistory, HyenaCacheLayer, NoMemory
+from hyena_hf.configuration_hyena import HyenaConfig
+from hyena_hf.filters import AtLeastFloat32
+from hyena_hf.ops import Segments, over_rows
 
 
 def rotary_frequencies(config: HyenaConfig) -> tuple[Tensor, float]:
@@ -38,6 +38,8 @@ class RotaryEmbedding(AtLeastFloat32):
 
     Frequencies rounded to bfloat16 would turn distant positions by a wrong angle.
     """
+
+    inv_freq: Tensor
 
     def __init__(self, config: HyenaConfig) -> None:
         super().__init__()
@@ -166,7 +168,8 @@ class HyenaAttention(nn.Module):
         query, key, value = (
             x.view(batch, -1, self.head_dim, x.shape[-1]).mT.contiguous() for x in (q, *kv.chunk(2, dim=1))
         )
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        implementation = self.config._attn_implementation or "eager"
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         output, _ = attention(
             self,
             query,

@@ -13,11 +13,11 @@ inside heads, see `hyena_hf.ops.multihead`.
 import torch
 from torch import Tensor, nn
 
-from ..cache import ExactHistory, HeadHistory, History, HyenaCacheLayer, NoMemory, Window
-from ..configuration_hyena import HyenaConfig
-from ..filters import FILTERS
-from ..ops import Segments, over_rows
-from ..ops.precision import without_autocast
+from hyena_hf.cache import ExactHistory, HeadHistory, History, HyenaCacheLayer, NoMemory, Window
+from hyena_hf.configuration_hyena import HyenaConfig
+from hyena_hf.filters import FILTERS
+from hyena_hf.ops import Segments, over_rows
+from hyena_hf.ops.precision import without_autocast
 
 
 class ShortConv(nn.Module):

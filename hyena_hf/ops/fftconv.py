@@ -65,7 +65,8 @@ class _CausalConv(torch.autograd.Function):
         return torch.fft.irfft(w_spectrum * h_spectrum, n=n)[..., :length]
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (grad,) = grad_outputs
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "causal_fftconv is differentiable once; call backward or torch.autograd.grad without create_graph=True"
@@ -83,23 +84,23 @@ class _CausalConv(torch.autograd.Function):
         return grad_w, grad_h
 
 
-def _check(u: Tensor, h: Tensor, direct: Tensor | None, gates: dict[str, Tensor | None], backend: str | None) -> None:
-    if backend not in (None, "torch"):
-        raise ValueError(f"causal_fftconv has no backend {backend!r}; choose 'torch' or leave it out")
-    tensors = {"u": u, "h": h, "direct": direct, **gates}
-    for name, tensor in tensors.items():
+def _check_tensors(u: Tensor, **tensors: Tensor | None) -> None:
+    for name, tensor in {"u": u, **tensors}.items():
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"causal_fftconv takes real floating-point tensors, got {name} of {tensor.dtype}")
         if tensor is not None and tensor.device != u.device:
             raise ValueError(f"{name} lies on {tensor.device} but u on {u.device}; move them to one device")
+
+
+def _check_shapes(u: Tensor, h: Tensor, direct: Tensor | None, gates: dict[str, Tensor | None]) -> None:
     if u.ndim != 3 or h.ndim != 2:
         raise ValueError(f"expected u (B, C, L) and h (H, K), got u {tuple(u.shape)} and h {tuple(h.shape)}")
     if 0 in (*u.shape, *h.shape):  # not min(): torch.export would have to know which size is the smallest
         raise ValueError(f"empty input: u {tuple(u.shape)}, h {tuple(h.shape)}; every size must be at least 1")
     if u.shape[1] % h.shape[0]:
         raise ValueError(
-            f"channels of u ({u.shape[1]}) must be a multiple of the filters in h ({h.shape[0]}): channel c uses filter "
-            f"c // (C // H)"
+            f"channels of u ({u.shape[1]}) must be a multiple of the filters in h ({h.shape[0]}): channel c uses "
+            f"filter c // (C // H)"
         )
     if direct is not None and direct.shape != h.shape[:1]:
         raise ValueError(f"direct must have shape ({h.shape[0]},), one value a filter, got {tuple(direct.shape)}")
@@ -136,7 +137,11 @@ def causal_fftconv(
 
     O(B C L log L) time. Differentiable once in all tensors; a second derivative raises.
     """
-    _check(u, h, direct, {"pregate": pregate, "postgate": postgate}, backend)
+    if backend not in (None, "torch"):
+        raise ValueError(f"causal_fftconv has no backend {backend!r}; choose 'torch' or leave it out")
+    gates = {"pregate": pregate, "postgate": postgate}
+    _check_tensors(u, h=h, direct=direct, **gates)
+    _check_shapes(u, h, direct, gates)
     dtype = torch.promote_types(torch.promote_types(u.dtype, h.dtype), torch.float32)
     batch, channels, length = u.shape
     filters, taps = h.shape

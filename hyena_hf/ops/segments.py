@@ -80,12 +80,6 @@ def over_rows(
     return out.view(batch, length, -1)
 
 
-def zero_tail(x: Tensor, counts: Tensor) -> Tensor:
-    """Zero what lies behind the end of every row: x (R, C, n), counts (R,)."""
-    columns = torch.arange(x.shape[-1], device=x.device)
-    return x.masked_fill((columns >= counts[:, None]).unsqueeze(1), 0)
-
-
 def segments_from_mask(mask: Tensor) -> Segments:
     """One row per batch row, its tokens moved to the left: what a cache needs. mask (B, L), True for real tokens."""
     batch, length = mask.shape

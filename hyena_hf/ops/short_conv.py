@@ -3,8 +3,8 @@
 
     y[b, c, t] = bias[c] + sum_k weight[c, k] x[b, c, t - (K - 1) + k]
 
-The last tap multiplies the current token, as in `torch.nn.Conv1d` padded on the left. A sum of K shifted products costs
-less than a grouped `conv1d` of that size.
+The last tap multiplies the current token, as in `torch.nn.Conv1d` padded on the left. A sum of K shifted products
+costs less than a grouped `conv1d` of that size.
 """
 
 import torch
