@@ -10,9 +10,6 @@ import torch
 from hyena_hf import HyenaConfig, HyenaForCausalLM
 
 
-# tiny models gain nothing from a second thread, and lose a factor of ten when its core is busy
-torch.set_num_threads(1)
-
 HYENA, FULL, SLIDING = "hyena", "full_attention", "sliding_attention"
 
 SHAPE = {

@@ -10,15 +10,6 @@ from evaluation.perplexity import bits_per_byte, main, read_document, sliding_wi
 from hyena_hf import HyenaByteTokenizer, HyenaConfig, HyenaForCausalLM
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These models are so small that a second thread only waits: ten times longer on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(params=["gpt2", "hyena"])
 def model(request):
     if request.param == "gpt2":

@@ -28,15 +28,6 @@ SIZES = [  # B, C, H, L, K
 ]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors this small gain nothing from a second thread, and gradcheck waits for it thousands of times."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_inputs(batch, channels, filters, length, taps, dtype=torch.float64):
     shapes = {
         "u": (batch, channels, length),

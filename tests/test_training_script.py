@@ -31,14 +31,6 @@ FLAGS = frozenset(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny models lose by sharing work
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_the_flags_are_twelve_and_frozen():
     source = parse_arguments([])
     assert {name.replace("_", "-") for name in vars(source)} == FLAGS

@@ -28,14 +28,6 @@ from training.trainer import CheckpointError, HyenaTrainer, StepClock, last_good
 RECIPE = Recipe(steps=6, batch_size=2, log_every=1, save_every=2, evaluate_every=6, learning_rate=1e-2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny models lose by sharing work
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny_gpt2():
     set_seed(1)
     return GPT2LMHeadModel(
