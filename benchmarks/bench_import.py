@@ -72,6 +72,7 @@ def page(times: dict[str, list[float]]) -> list[str]:
         for name, t in times.items()
     ]
     loaded = {code: loaded_modules(code) for code in dict.fromkeys(CASES.values())}
+    extra = sorted(set(loaded[CASES["package and model"]]) - set(loaded[REFERENCE]))
     return [
         f"CPU seconds of a fresh interpreter, {len(times['reference'])} shuffled rounds after one warm-up.",
         "",
@@ -82,6 +83,10 @@ def page(times: dict[str, list[float]]) -> list[str]:
         *markdown_table(
             ["code", "loaded"], [(f"`{code}`", ", ".join(names) or "none") for code, names in loaded.items()]
         ),
+        "",
+        f"Loaded by our model but not by the reference: {', '.join(extra) or 'none'}. No module of hyena_hf imports any "
+        "of them. transformers' weight loading imports accelerate where it is installed "
+        "(`transformers.activations` is enough), and its losses import scipy.",
     ]
 
 
