@@ -51,7 +51,7 @@ from training.demo_models import Size, count_parameters, equal_configs
 from training.recipe import Recipe, train, write_json
 
 
-LEARNING_RATES = {"hyena": 2e-3, "gpt2": 2e-3, "llama": 2e-3}
+LEARNING_RATES = {"hyena": 2e-3, "gpt2": 4e-3, "llama": 2e-3}
 SWEPT_RATES = (2e-3, 4e-3, 8e-3)
 
 
@@ -59,7 +59,7 @@ SWEPT_RATES = (2e-3, 4e-3, 8e-3)
 class Plan:
     """How much of everything: the one place that decides what the demo costs."""
 
-    train_bytes: int = 1_507_328  # a token is a byte: 736 steps of 8 rows of 256
+    train_bytes: int = 1_048_576  # a token is a byte: 512 steps of 8 rows of 256
     sweep_bytes: int = 917_504  # of them, for the choice of learning rates
     validation_bytes: int = 100_000
     heldout_bytes: int = 200_000
@@ -67,7 +67,7 @@ class Plan:
     batch_size: int = 8
     hidden_size: int = 128
     num_hidden_layers: int = 4
-    intermediate_size: int = 640
+    intermediate_size: int = 432
     save_every: int = 50
     prompt_bytes: int = 48
     new_tokens: int = 200  # prompt and new tokens fit in `length`, which GPT-2 cannot exceed

@@ -31,7 +31,7 @@ class Size:
     hidden_size: int = 128
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
-    intermediate_size: int = 640
+    intermediate_size: int = 432
     initializer_range: float = (
         0.06  # the usual 0.02 suits widths near 1,000: a narrow model starts too quietly from it
     )
@@ -39,7 +39,7 @@ class Size:
 
 
 def hyena_config(size: Size) -> PreTrainedConfig:
-    """Plain order-2 Hyena with implicit filters, no attention."""
+    """Plain order-2 Hyena with implicit filters, no attention; norms and MLP are those of Llama, so that mixers differ."""
     return HyenaConfig(
         vocab_size=size.vocab_size,
         hidden_size=size.hidden_size,
@@ -47,6 +47,10 @@ def hyena_config(size: Size) -> PreTrainedConfig:
         intermediate_size=size.intermediate_size,
         max_position_embeddings=size.length,
         initializer_range=size.initializer_range,
+        short_conv_kernel=5,
+        gated_mlp=True,
+        hidden_act="silu",
+        norm_type="rms_norm",
         eos_token_id=size.end_token,
     )
 
