@@ -84,8 +84,8 @@ def page(times: dict[str, list[float]]) -> list[str]:
             ["code", "loaded"], [(f"`{code}`", ", ".join(names) or "none") for code, names in loaded.items()]
         ),
         "",
-        f"Loaded by our model but not by the reference: {', '.join(extra) or 'none'}. No module of hyena_hf imports any "
-        "of them. transformers' weight loading imports accelerate where it is installed "
+        f"Loaded by our model but not by the reference: {', '.join(extra) or 'none'}. No module of hyena_hf imports "
+        "any of them. transformers' weight loading imports accelerate where it is installed "
         "(`transformers.activations` is enough), and its losses import scipy.",
     ]
 
@@ -93,7 +93,7 @@ def page(times: dict[str, list[float]]) -> list[str]:
 def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="runs of each case (default 15)")
+    parser.add_argument("--rounds", type=int, default=9, help="runs of each case (default 9)")
     parser.add_argument("--smoke", action="store_true", help="2 runs, page in runs/smoke")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
