@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 
@@ -241,6 +240,8 @@ class HyenaConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Refuse sizes that no model can have."""
+        from transformers.activations import ACT2FN  # here, because it imports accelerate where that is installed
+
         self._validate_sizes()
         self._validate_ranges()
         self._validate_heads()

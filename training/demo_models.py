@@ -39,7 +39,7 @@ class Size:
 
 
 def hyena_config(size: Size) -> PreTrainedConfig:
-    """Plain order-2 Hyena with implicit filters, no attention; norms and MLP are Llama's, so that only mixers differ."""
+    """Plain order-2 Hyena with implicit filters, no attention; norms and MLP are those of Llama."""
     return HyenaConfig(
         vocab_size=size.vocab_size,
         hidden_size=size.hidden_size,
