@@ -5,11 +5,11 @@ Importing this package registers its models, so that `AutoModelForCausalLM.from_
 models themselves are imported on first use.
 """
 
+import typing as _typing
 from importlib import import_module as _import_module
-from typing import TYPE_CHECKING
 
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from .configuration_hyena import HyenaConfig
     from .modeling_hyena import HyenaForCausalLM, HyenaModel, HyenaPreTrainedModel
     from .tokenization_byte import HyenaByteTokenizer
