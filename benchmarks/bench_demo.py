@@ -1,6 +1,6 @@
 """The demo at three seeds: held-out bits per byte of Hyena, GPT-2 and Llama with their spread.
 
-    python -m benchmarks.bench_demo                    # about half an hour on two cores; goes on where it stopped
+    python -m benchmarks.bench_demo                    # three times `make demo`; goes on where it stopped
     python -m benchmarks.bench_demo --smoke            # a few minutes, page in runs/smoke, numbers mean nothing
 
 Each seed is a run of `python -m training.demo --seed N` in runs/: other initial weights, another order of the same

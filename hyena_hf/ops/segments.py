@@ -4,8 +4,8 @@
 A stream (B, L, C) may hold padding on either side, holes, or several documents in a row. Operators that mix along time
 see none of it: `over_rows` gathers every sequence into a dense row that starts at column 0, runs the operator, and
 scatters its outputs back to where the tokens stood. So a sequence's outputs cannot depend on its neighbours: masked
-tokens do not exist. Behind a row's last token lies anything finite: causal operators never look there, all others zero
-it by the row's count.
+tokens do not exist. Behind a row's last token lies anything finite: causal operators never look there, and a
+cache takes in only as many columns as the row's count.
 
 Without a cache a row is a document, and documents are grouped by length so that short ones do not pay for long ones.
 With a cache a row is a row of the batch, because that is what the cache remembers.
