@@ -104,6 +104,7 @@ def main() -> None:
     if arguments.steps < 1:
         parser.error(f"--steps ({arguments.steps}) must be at least 1")
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")
     sizes = {"steps": 4, "evaluate_every": 2, "held_out": 20, "final": 20} if arguments.smoke else {}
     sizes = {"steps": arguments.steps, **sizes}
     run = trained if arguments.smoke else finished

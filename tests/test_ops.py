@@ -108,6 +108,14 @@ def test_fft_length_of_long_inputs_is_even_smooth_and_at_most_a_twelfth_too_long
 # long convolution
 
 
+@pytest.fixture(params=["highest", "high"])
+def float32_precision(request):
+    """Torch's switch for float32 arithmetic: float64 transforms on a CPU, or float32 ones."""
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_fftconv_and_all_its_gradients_equal_the_oracle_in_float64(sizes):
     inputs = make_inputs(*sizes)
@@ -117,6 +125,7 @@ def test_fftconv_and_all_its_gradients_equal_the_oracle_in_float64(sizes):
         np.testing.assert_allclose(result, expected[name], rtol=0, atol=1e-12 * np.abs(expected[name]).max())
 
 
+@pytest.mark.usefixtures("float32_precision")
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_fftconv_in_float32_is_at_most_twice_as_far_from_the_oracle_as_the_obvious_version(sizes):
     # over many batches, so that no lucky rounding of few numbers decides
@@ -131,6 +140,7 @@ def test_fftconv_in_float32_is_at_most_twice_as_far_from_the_oracle_as_the_obvio
         assert relative_error(result, expected[name]) <= allowed, name
 
 
+@pytest.mark.usefixtures("float32_precision")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("sizes", [(2, 4, 4, 127, 127), (2, 6, 2, 1000, 64), (1, 2, 1, 3, 9)], ids=str)
 def test_fftconv_of_half_precision_inputs_loses_only_their_rounding(sizes, dtype, tolerance):
@@ -205,15 +215,33 @@ def test_a_multihead_convolution_refuses_heads_that_do_not_divide_the_channels()
         multihead_conv(x, x, x, torch.zeros(3, 5), torch.zeros(3))
 
 
-@pytest.mark.parametrize("t", [0, 1, 50, 98])
-def test_outputs_do_not_depend_on_later_inputs(t):
-    inputs = {name: tensor.detach() for name, tensor in make_inputs(2, 4, 4, 100, 100).items()}
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize(("length", "taps", "t"), [(100, 100, 0), (100, 7, 98), (333, 400, 130), (1025, 1025, 127)])
+def test_not_a_bit_of_an_output_depends_on_later_inputs(length, taps, t, dtype):
+    inputs = {name: tensor.detach() for name, tensor in make_inputs(2, 4, 2, length, taps, dtype).items()}
     changed = inputs | {name: inputs[name].clone() for name in ("u", "pregate", "postgate")}
     for name in ("u", "pregate", "postgate"):
-        changed[name][..., t + 1 :] = torch.randn(2, 4, 99 - t, dtype=torch.float64)
+        changed[name][..., t + 1 :] = 100 * torch.randn(2, 4, length - 1 - t, dtype=dtype)
     y, y_changed = causal_fftconv(**inputs), causal_fftconv(**changed)
-    torch.testing.assert_close(y[..., : t + 1], y_changed[..., : t + 1], rtol=0, atol=1e-12)
+    assert torch.equal(y[..., : t + 1], y_changed[..., : t + 1])
     assert not torch.allclose(y[..., t + 1 :], y_changed[..., t + 1 :])
+
+
+def test_float32_outputs_on_a_cpu_are_the_same_bits_whatever_the_length_of_the_input():
+    inputs = {name: tensor.detach() for name, tensor in make_inputs(2, 4, 4, 1000, 1000, torch.float32).items()}
+    whole = causal_fftconv(**inputs)
+    for n in (1, 63, 131, 640, 999):
+        prefix = {name: x[..., :n] if x.ndim > 1 else x for name, x in inputs.items()}
+        assert torch.equal(causal_fftconv(**prefix), whole[..., :n])
+
+
+def test_lower_float32_precision_of_torch_brings_float32_transforms():
+    inputs = {name: tensor.detach() for name, tensor in make_inputs(2, 4, 4, 1000, 1000, torch.float32).items()}
+    exact, expected = causal_fftconv(**inputs), oracle_results(inputs)["y"]
+    torch.set_float32_matmul_precision("high")
+    fast = causal_fftconv(**inputs)
+    torch.set_float32_matmul_precision("highest")
+    assert relative_error(fast, expected) > 2 * relative_error(exact, expected)
 
 
 def test_memory_layout_does_not_matter():

@@ -126,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = SMOKE if options.smoke else Plan()
     if options.smoke:
         torch.set_num_threads(1)  # tiny models lose by sharing work
+    torch.set_float32_matmul_precision("high")  # float32 transforms: a training step rounds more than they do
     if options.sweep:
         plan = replace(plan, train_bytes=plan.sweep_bytes)
     corpus = make_corpus(options.data, plan)

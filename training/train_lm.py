@@ -92,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()
     if options.smoke:
         torch.set_num_threads(1)  # tiny models lose by sharing work
+    torch.set_float32_matmul_precision("high")  # float32 transforms: a training step rounds more than they do
     processes = PartialState(cpu=not torch.accelerator.is_available())
     documents = _documents(options)
     with processes.local_main_process_first():
