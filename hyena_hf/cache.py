@@ -16,7 +16,7 @@ the rest: rollback is exact, and costs nothing else.
 B batch, C channels of an operator, T committed columns, n new columns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -36,7 +36,7 @@ from .configuration_hyena import HyenaConfig
 from .ops import causal_fftconv, multihead_conv, short_conv
 
 
-# Columns that stay pending after the first recorded call; later calls leave at least their own length.
+# Columns that stay pending while a cache records its past, at least: a call leaves all of its own.
 MAX_PENDING = 64
 
 # New tokens up to which each output is one dot product with the past instead of an FFT over everything.
@@ -360,16 +360,25 @@ class AttentionHistory(History):
     """Keys and values of an attention layer, all of them or those of a sliding window."""
 
     def respond(self, w: Tensor, attend: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
-        """attend(w, kv, empty): queries of w, keys and values of past and new tokens (B, C - queries, T + n)."""
-        return attend(w[:, : self.queries], torch.cat([self.past(w), w[:, self.queries :]], dim=-1), self.lead)
+        """attend(w, kv, filled): queries of w, keys and values (B, C - queries, T + n), columns that hold any."""
+        kv = torch.cat([self.past(w), w[:, self.queries :]], dim=-1)
+        filled = None
+        if self.lead is not None:
+            filled = torch.arange(kv.shape[-1], device=w.device) >= self.lead.unsqueeze(1)
+        return attend(w[:, : self.queries], kv, filled)
 
 
 class NoMemory:
-    """Stands in for a cache layer when nothing is remembered."""
+    """Stands in for a cache layer when nothing is remembered.
 
-    def __init__(self, histories: Sequence[History]) -> None:
+    Args:
+        histories: Empty ones.
+        capacity: Length of the longest row to come, where that is known.
+    """
+
+    def __init__(self, histories: Sequence[History], capacity: int | None = None) -> None:
         self.histories = histories
-        self.taps = Taps()
+        self.taps, self.reverse_taps = Taps(capacity), Taps(capacity)
 
     def push(self, index: int, w: Tensor, counts: Tensor | None, *operator) -> Tensor:  # noqa: ARG002 (one interface)
         """Answer inputs w (B, C, n) that have no past."""
@@ -428,11 +437,8 @@ class HyenaCacheLayer(CacheLayerMixin):
         """Answer new inputs w (B, C, n) of operator number `index` and remember them."""
         keep = 0
         if self.record_past:
-            keep = self.max_pending if self._is_empty() else max(self.max_pending, w.shape[-1])
+            keep = max(self.max_pending, w.shape[-1])
         return self.histories[index].push(w, counts, keep, *operator)
-
-    def _is_empty(self) -> bool:
-        return isinstance(self.length, int) and self.length == 0
 
     def advance(self, columns: int, mask: Tensor | None) -> None:
         """Count a call of `columns` stream columns, of which mask (B, n) were real (None: all). Once a call."""
@@ -489,7 +495,7 @@ class HyenaCacheLayer(CacheLayerMixin):
         if remove > recorded or not all(history.can_crop(removed) for history in self.histories):
             raise ValueError(
                 f"crop({tokens_to_remove}) reaches beyond the tokens that can still be taken back ({recorded} were "
-                f"fed since the last crop, of which a long call keeps the last {self.max_pending}); call "
+                f"fed since the last crop; of several calls only the last {self.max_pending} columns are kept); call "
                 f"activate_past_recording() before the tokens are fed"
             )
         for history in self.histories:
@@ -537,14 +543,14 @@ class HyenaCacheLayer(CacheLayerMixin):
         self._forget()
 
     def offload(self) -> None:
-        """Move the histories to the CPU."""
-        if self.histories:
-            self.map(lambda x: x.to("cpu", non_blocking=True))
+        """Move the histories to the CPU; counts stay, because the next call reads them before any layer runs."""
+        for history in self.histories:
+            history.map(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         """Move the histories back to the device that they came from."""
-        if self.histories:
-            self.map(lambda x: x.to(self.device, non_blocking=True))
+        for history in self.histories:
+            history.map(lambda x: x.to(self.device, non_blocking=True))
 
     def nbytes(self) -> int:
         """Bytes held by the histories and by the evaluated filter."""
@@ -619,8 +625,42 @@ def _replace_layers(cache: Cache) -> None:
         cache.layers[index] = ours
 
 
+def in_turn(cache: Cache) -> Iterable[HyenaCacheLayer]:
+    """The layers one after the other; those of an offloaded cache are on their device only while it is their turn."""
+    layers = cast("list[HyenaCacheLayer]", cache.layers)
+    return _offloading(cache, layers) if cache.offloading else layers
+
+
+def _offloading(cache: Cache, layers: Sequence[HyenaCacheLayer]) -> Iterator[HyenaCacheLayer]:
+    # transformers moves layers in `Cache.update`, which our mixers do not call. As there, the next layer travels on a
+    # stream of its own while this one computes.
+    layers[0].prefetch()
+    for index, layer in enumerate(layers):
+        following = layers[(index + 1) % len(layers)]
+        if layer.is_initialized and layer.device.type != "cpu":
+            # neither stream may read what the other one still writes
+            current, transfers = torch.accelerator.current_stream(layer.device), cache.prefetch_stream
+            current.wait_stream(transfers)
+            transfers.wait_stream(current)
+            with transfers:
+                following.prefetch()
+        else:
+            following.prefetch()
+        yield layer
+        layer.offload()
+
+
 def _holds_tokens(layer: CacheLayerMixin) -> bool:
     return layer.is_initialized and int(layer.get_seq_length()) > 0
 
 
-__all__ = ["AttentionHistory", "ExactHistory", "HeadHistory", "HyenaCacheLayer", "NoMemory", "Window", "adopt_cache"]
+__all__ = [
+    "AttentionHistory",
+    "ExactHistory",
+    "HeadHistory",
+    "HyenaCacheLayer",
+    "NoMemory",
+    "Window",
+    "adopt_cache",
+    "in_turn",
+]

@@ -390,6 +390,26 @@ def test_offloaded_layers_come_back_as_they_were(name):
 
 
 @every_model
+def test_layers_of_an_offloaded_cache_are_fetched_before_their_turn_and_sent_away_after_it(name, monkeypatch):
+    away = set()
+    for what, change in (("offload", away.add), ("prefetch", away.discard)):
+        method = getattr(HyenaCacheLayer, what)
+        monkeypatch.setattr(HyenaCacheLayer, what, lambda self, m=method, c=change: (m(self), c(id(self)))[0])
+    push = HyenaCacheLayer.push
+
+    def watched(self, *args):
+        assert id(self) not in away
+        return push(self, *args)
+
+    monkeypatch.setattr(HyenaCacheLayer, "push", watched)
+    model, sequence = model_of(name), sequences()[0][None]
+    past = DynamicCache(config=model.config, offloading=True)
+    logits = feed(model, sequence, None, [20, 1, 24], past)
+    check(name, torch.float64, 0, logits[0])
+    assert away == {id(layer) for layer in past.layers[1:]}  # the first waits for the next call
+
+
+@every_model
 def test_a_reset_cache_is_empty(name):
     model, past, _, _ = filled(name, torch.float64)
     past.reset()

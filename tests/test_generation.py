@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
+from transformers.generation.streamers import BaseStreamer
 
 from tests.models import MODELS, model_of, new_model, tokens
 
@@ -37,12 +38,14 @@ MODES = {
     "greedy": {},
     "beams": {"num_beams": 3},
     "sampling": {"do_sample": True, "num_return_sequences": 2},
+    "beam sampling": {"num_beams": 3, "do_sample": True, "num_return_sequences": 2},
 }
 
 # ways to feed a cache that must not matter
 WAYS = {
     "dynamic": {},
     "chunked prefill": {"prefill_chunk_size": 5},
+    "offloaded": {"cache_implementation": "offloaded"},
     "static": {"cache_implementation": "static", "disable_compile": True},
     "static, chunked prefill": {"cache_implementation": "static", "prefill_chunk_size": 5, "disable_compile": True},
 }
@@ -119,6 +122,33 @@ def assistants(name):
 def test_an_assistant_changes_no_token(name, assistant):
     got = generate(model_of(name), one_row=True, assistant_model=assistants(name)[assistant])
     assert torch.equal(got.sequences, without_cache(name, "greedy").sequences[:1])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "heuristic"])
+def test_an_assistant_may_propose_more_tokens_than_a_cache_keeps_by_default(schedule):
+    model, assistant = model_of("order 2"), new_model("order 2", torch.float64)
+    with torch.no_grad():
+        assistant.lm_head.weight.add_(torch.randn_like(assistant.lm_head.weight), alpha=0.003)
+    assistant.generation_config.num_assistant_tokens = 100
+    assistant.generation_config.num_assistant_tokens_schedule = schedule
+    assistant.generation_config.assistant_confidence_threshold = 0
+    got = generate(model, one_row=True, assistant_model=assistant, max_new_tokens=150)
+    assert torch.equal(got.sequences, generate(model, one_row=True, use_cache=False, max_new_tokens=150).sequences)
+
+
+def test_a_streamer_gets_every_token_once():
+    class Collector(BaseStreamer):
+        tokens, ended = [], False
+
+        def put(self, value):
+            self.tokens.extend(value.flatten().tolist())
+
+        def end(self):
+            self.ended = True
+
+    got = generate(model_of("hybrid"), one_row=True, streamer=(collector := Collector())).sequences
+    assert collector.tokens == got[0].tolist()
+    assert collector.ended
 
 
 @every_model
