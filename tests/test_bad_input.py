@@ -324,3 +324,9 @@ def test_what_was_missing_and_unexpected_is_told_on_request(checkpoint):
     assert type(model).__name__ == "HyenaForCausalLM"
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
+
+
+def test_whoever_asks_for_the_loading_info_gets_it_instead_of_the_error(broken):
+    edit_tensors(broken, lambda tensors: tensors.pop("model.norm.weight"))
+    _, info = AutoModelForCausalLM.from_pretrained(broken, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"model.norm.weight"}

@@ -210,6 +210,14 @@ def test_a_model_refuses_a_config_file_with_an_unknown_field(tmp_path):
             load(tmp_path)
 
 
+def test_what_others_hang_on_a_config_does_not_spoil_its_file(tmp_path):
+    config = config_of()
+    config.rms_norm_eps = config.note = 1.0  # as transformers' own tests and training libraries do
+    config.save_pretrained(tmp_path)
+    assert HyenaConfig.from_pretrained(tmp_path).to_dict() == config_of().to_dict()
+    assert HyenaConfig.from_dict(config.to_dict()).to_dict() == config_of().to_dict()
+
+
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_a_config_comes_back_from_its_file_as_it_was(name, tmp_path):
     config = config_of(name, eos_token_id=[1, 2], modulation_shift=0.25)
