@@ -15,6 +15,8 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 
+from ._peft import enter_peft_defaults
+
 
 if TYPE_CHECKING:
     # None until `__post_init__` has filled them in, so never None where they are read
@@ -211,20 +213,17 @@ class HyenaConfig(PreTrainedConfig):
         """Whether any layer is an attention layer."""
         return any(layer_type != "hyena" for layer_type in self.layer_types)
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; PEFT, which reads this, finds its defaults for our models too."""
+        enter_peft_defaults(self.model_type)
+        return super().to_dict()
+
     def filter_support(self, layer: int) -> int | None:
         """Taps of the filter of one layer; None where it never ends."""
         length = self.filter_length[layer] if isinstance(self.filter_length, list) else self.filter_length
         if length is None and self.filter_types[layer] == "explicit":
             return self.max_position_embeddings
         return length
-
-    def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
-        # Other libraries hang attributes of their own on configs. In the file they would be unknown fields, and the
-        # checkpoint could not be loaded again.
-        super()._remove_keys_not_serialized(d)
-        known = {field.name for field in fields(self)} | _TRANSFORMERS_KEYS | {"transformers_version"}
-        for key in d.keys() - known:
-            del d[key]
 
     # `@strict` runs every `validate_*` method; these two replace transformers' own of the same name, whose list of
     # layer types is closed.

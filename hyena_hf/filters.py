@@ -127,6 +127,34 @@ class LongFilter(AtLeastFloat32):
         raise NotImplementedError
 
 
+class FilterLinear(nn.Module):
+    """x -> x weight^T + bias inside a filter.
+
+    Not an `nn.Linear`, so that whatever looks for those in a model (quantisers, adapters on "all-linear") leaves the
+    filters alone.
+    """
+
+    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype)) if bias else None
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # until `_init_weights`, as in `nn.Linear`
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs) in the dtype of x: sharded training may hand over weights in bfloat16."""
+        return nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class FilterOutput(FilterLinear):
+    """The last layer of a filter, whose output has time last: (length, inputs) -> (outputs, length)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The taps before modulation."""
+        return self.weight.to(x.dtype) @ x.mT
+
+
 class ImplicitFilter(LongFilter):
     """Filters given by a sine MLP of time; formulas and source at the top of this file.
 
@@ -155,8 +183,8 @@ class ImplicitFilter(LongFilter):
         width = config.filter_hidden_size
         sizes = [2 * self.num_bands + 1, *[width] * (config.filter_num_layers - 1)]
         outputs = (self.order - 1) * self.num_heads
-        self.layers = nn.ModuleList(nn.Linear(a, b, dtype=dtype) for a, b in itertools.pairwise(sizes))
-        self.output = nn.Linear(width, outputs, bias=False, dtype=dtype)
+        self.layers = nn.ModuleList(FilterLinear(a, b, dtype) for a, b in itertools.pairwise(sizes))
+        self.output = FilterOutput(width, outputs, dtype, bias=False)
         # one frequency per hidden unit, shared by all layers as in the published models
         self.frequency = nn.Parameter(torch.full((width,), float(config.sine_frequency), dtype=dtype))
         # a buffer although computable: a published file may hold other rates
@@ -168,14 +196,14 @@ class ImplicitFilter(LongFilter):
 
     def taps(self, length: int) -> Tensor:
         """The formulas at the top of this file."""
-        device, dtype = self.frequency.device, self.frequency.dtype
+        device, dtype = self.frequency.device, torch.promote_types(self.frequency.dtype, torch.float32)
         if self.features is None:
             x = positional_features(length, self.trained_length, self.num_bands, device).to(dtype)
         else:
-            x = self.features[:length]
+            x = self.features[:length].to(dtype)
         for layer in self.layers:
-            x = torch.sin(self.frequency * layer(x))
-        h = (self.output.weight @ x.mT).view(self.order - 1, self.num_heads, length)
+            x = torch.sin(self.frequency.to(dtype) * layer(x))
+        h = self.output(x).view(self.order - 1, self.num_heads, length)
         if self.decay_rates is not None:
             times = filter_times(length, self.trained_length, device).to(dtype)
             h = h * (torch.exp(-self.decay_rates.abs().unsqueeze(-1) * times) + self.shift)

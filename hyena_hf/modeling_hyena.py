@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache import HyenaCacheLayer, adopt_cache
 from .configuration_hyena import HyenaConfig
-from .filters import ExplicitFilter, ImplicitFilter, decay_rates
+from .filters import FILTERS, ExplicitFilter, FilterLinear, ImplicitFilter, decay_rates
 from .mixers import HyenaAttention, HyenaMixer, RotaryEmbedding
 from .mixers.attention import rotary_frequencies
 from .mixers.hyena import ShortConv
@@ -50,7 +50,7 @@ class HyenaRMSNorm(nn.Module):
         return self.weight * exact.to(x.dtype)
 
 
-def make_norm(config: HyenaConfig) -> nn.Module:
+def make_norm(config: HyenaConfig) -> nn.LayerNorm | HyenaRMSNorm:
     """The norm that the config names."""
     norm = nn.LayerNorm if config.norm_type == "layer_norm" else HyenaRMSNorm
     return norm(config.hidden_size, eps=config.norm_eps)
@@ -93,8 +93,8 @@ class HyenaDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs,
     ) -> Tensor:
-        # the residual stream may be wider (float32) than the weights
-        dtype = self.mlp.down_proj.weight.dtype
+        # the residual stream may be wider (float32) than the weights; quantised projections have no such dtype
+        dtype = self.mlp_norm.weight.dtype
         mixed = self.mixer(
             self.mixer_norm(hidden_states.to(dtype)),
             segments=segments,
@@ -149,15 +149,6 @@ class HyenaPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, ImplicitFilter):
-            init.constant_(module.frequency, self.config.sine_frequency)
-            if module.features is not None:
-                init.copy_(module.features, module.initial_features())
-            if module.decay_rates is not None:
-                init.copy_(module.decay_rates, decay_rates(self.config))
-        elif isinstance(module, ExplicitFilter):
-            bound = 1 / math.sqrt(module.weight.shape[-1])
-            init.uniform_(module.weight, -bound, bound)
         elif isinstance(module, RotaryEmbedding):
             init.copy_(module.inv_freq, rotary_frequencies(self.config)[0])
         elif isinstance(module, HyenaDecoderLayer):
@@ -167,6 +158,24 @@ class HyenaPreTrainedModel(PreTrainedModel):
             init.normal_(module.mlp.down_proj.weight, std=std)
         elif isinstance(module, HyenaMixer):
             init.normal_(module.skip)
+        else:
+            self._init_filter(module)
+
+    def _init_filter(self, module: nn.Module) -> None:
+        """The rows of the table for `mixer.filter`."""
+        if isinstance(module, FilterLinear):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, ImplicitFilter):
+            init.constant_(module.frequency, self.config.sine_frequency)
+            if module.features is not None:
+                init.copy_(module.features, module.initial_features())
+            if module.decay_rates is not None:
+                init.copy_(module.decay_rates, decay_rates(self.config))
+        elif isinstance(module, ExplicitFilter):
+            bound = 1 / math.sqrt(module.weight.shape[-1])
+            init.uniform_(module.weight, -bound, bound)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:  # noqa: ARG002 (its signature)
         # In models from outside, transformers skips modules without parameters of their own, such as our blocks, for
@@ -194,7 +203,7 @@ class HyenaPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: The weights are corrupt, truncated, or those of another model. A new task head on a complete
-                base model is no error, nor is anything listed for a caller who passed `output_loading_info=True`.
+                base model is no error.
         """
         try:
             loaded: Any = super().from_pretrained(
@@ -206,8 +215,6 @@ class HyenaPreTrainedModel(PreTrainedModel):
                 f"or load an earlier checkpoint"
             ) from error
         model, info = loaded
-        if output_loading_info:  # who asks for the lists judges them
-            return model, info
         base = f"{cls.base_model_prefix}."
         inside = [key for key in model.state_dict() if key.startswith(base)] or list(model.state_dict())
         parts = {key.removeprefix(base).split(".")[0] for key in inside}
@@ -219,7 +226,7 @@ class HyenaPreTrainedModel(PreTrainedModel):
                 f"tensors are missing (first {missing[:3]}), {len(foreign)} do not belong (first {foreign[:3]}); "
                 f"check that config.json and the weights come from the same model"
             )
-        return model
+        return (model, info) if output_loading_info else model
 
 
 def _check_stream(
@@ -275,6 +282,10 @@ class HyenaModel(HyenaPreTrainedModel):
         self.norm = make_norm(config)
         self.rotary_emb = RotaryEmbedding(config) if config.has_attention else None
         self.gradient_checkpointing = False
+        # sharded training wraps each class named here, and a filter in float32 cannot share a unit with bfloat16
+        kinds = zip(config.layer_types, config.filter_types, strict=True)
+        filters = {FILTERS[filter_type].__name__ for layer_type, filter_type in kinds if layer_type == "hyena"}
+        self._no_split_modules = ["HyenaDecoderLayer", *sorted(filters)]
         self.post_init()
 
     @merge_with_config_defaults
