@@ -225,6 +225,14 @@ class HyenaConfig(PreTrainedConfig):
             return self.max_position_embeddings
         return length
 
+    def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
+        # Other libraries hang attributes of their own on configs. In the file they would be unknown fields, and the
+        # checkpoint could not be loaded again.
+        super()._remove_keys_not_serialized(d)
+        known = {field.name for field in fields(self)} | _TRANSFORMERS_KEYS | {"transformers_version"}
+        for key in d.keys() - known:
+            del d[key]
+
     # `@strict` runs every `validate_*` method; these two replace transformers' own of the same name, whose list of
     # layer types is closed.
     def validate_layer_type(self) -> None:

@@ -203,7 +203,7 @@ class HyenaPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: The weights are corrupt, truncated, or those of another model. A new task head on a complete
-                base model is no error.
+                base model is no error, nor is anything listed for a caller who passed `output_loading_info=True`.
         """
         try:
             loaded: Any = super().from_pretrained(
@@ -215,6 +215,8 @@ class HyenaPreTrainedModel(PreTrainedModel):
                 f"or load an earlier checkpoint"
             ) from error
         model, info = loaded
+        if output_loading_info:  # who asks for the lists judges them
+            return model, info
         base = f"{cls.base_model_prefix}."
         inside = [key for key in model.state_dict() if key.startswith(base)] or list(model.state_dict())
         parts = {key.removeprefix(base).split(".")[0] for key in inside}
@@ -226,7 +228,7 @@ class HyenaPreTrainedModel(PreTrainedModel):
                 f"tensors are missing (first {missing[:3]}), {len(foreign)} do not belong (first {foreign[:3]}); "
                 f"check that config.json and the weights come from the same model"
             )
-        return (model, info) if output_loading_info else model
+        return model
 
 
 def _check_stream(
