@@ -91,10 +91,10 @@ def write_result(
         plot = folder / f"{name}_{key}.png"
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
-        _write_whole(plot, image.getvalue())
+        write_whole(plot, image.getvalue())
         page += ["", f"![{key}]({plot.name})"]
     path = folder / f"{name}.md"
-    _write_whole(path, ("\n".join(page) + "\n").encode())
+    write_whole(path, ("\n".join(page) + "\n").encode())
     return path
 
 
@@ -102,7 +102,8 @@ def _row(cells: Sequence[object]) -> str:
     return f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_bytes(data)
     unfinished.replace(path)
