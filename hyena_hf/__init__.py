@@ -11,6 +11,12 @@ from importlib import import_module as _import_module
 
 if _typing.TYPE_CHECKING:
     from .configuration_hyena import HyenaConfig
+    from .heads import (
+        HyenaForMaskedLM,
+        HyenaForQuestionAnswering,
+        HyenaForSequenceClassification,
+        HyenaForTokenClassification,
+    )
     from .modeling_hyena import HyenaForCausalLM, HyenaModel, HyenaPreTrainedModel
     from .tokenization_byte import HyenaByteTokenizer
     from .tokenization_nucleotide import HyenaNucleotideTokenizer
@@ -18,6 +24,10 @@ if _typing.TYPE_CHECKING:
 _MODULES = {
     "HyenaConfig": "configuration_hyena",
     "HyenaForCausalLM": "modeling_hyena",
+    "HyenaForMaskedLM": "heads",
+    "HyenaForQuestionAnswering": "heads",
+    "HyenaForSequenceClassification": "heads",
+    "HyenaForTokenClassification": "heads",
     "HyenaModel": "modeling_hyena",
     "HyenaPreTrainedModel": "modeling_hyena",
     "HyenaByteTokenizer": "tokenization_byte",
@@ -29,6 +39,10 @@ __all__ = [
     "HyenaByteTokenizer",
     "HyenaConfig",
     "HyenaForCausalLM",
+    "HyenaForMaskedLM",
+    "HyenaForQuestionAnswering",
+    "HyenaForSequenceClassification",
+    "HyenaForTokenClassification",
     "HyenaModel",
     "HyenaNucleotideTokenizer",
     "HyenaPreTrainedModel",

@@ -15,7 +15,14 @@ from .tokenization_byte import HyenaByteTokenizer
 from .tokenization_nucleotide import HyenaNucleotideTokenizer
 
 
-_MODELS = {"MODEL_MAPPING": "HyenaModel", "MODEL_FOR_CAUSAL_LM_MAPPING": "HyenaForCausalLM"}
+_MODELS = {
+    "MODEL_MAPPING": "HyenaModel",
+    "MODEL_FOR_CAUSAL_LM_MAPPING": "HyenaForCausalLM",
+    "MODEL_FOR_MASKED_LM_MAPPING": "HyenaForMaskedLM",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": "HyenaForSequenceClassification",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING": "HyenaForTokenClassification",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING": "HyenaForQuestionAnswering",
+}
 
 
 def register() -> None:

@@ -21,10 +21,11 @@ from ._peft import enter_peft_defaults
 if TYPE_CHECKING:
     # None until `__post_init__` has filled them in, so never None where they are read
     from typing import Any as ResolvedDict
+    from typing import Any as ResolvedBool
     from typing import Any as ResolvedInt
     from typing import Any as ResolvedNames
 else:
-    ResolvedInt, ResolvedNames, ResolvedDict = int | None, list[str] | None, dict | None
+    ResolvedInt, ResolvedBool, ResolvedNames, ResolvedDict = int | None, bool | None, list[str] | None, dict | None
 
 LAYER_TYPES = ("hyena", "full_attention", "sliding_attention")
 FILTER_TYPES = ("implicit", "explicit")
@@ -94,7 +95,9 @@ class HyenaConfig(PreTrainedConfig):
         max_position_embeddings (`int`): Filter length l_max: filter time runs from 0 to 1 over this many tokens.
         order (`int`): Number of gated steps N >= 2; a layer has N gates and N - 1 long convolutions.
         num_heads (`int`, *optional*): Filters per long convolution. None means `hidden_size`, plain Hyena; fewer heads
-            are MultiHyena, which is defined for order 2 only.
+            are MultiHyena, which is defined for causal models of order 2 only.
+        is_causal (`bool`): Whether tokens see only what stands before them, in every layer. Otherwise convolutions
+            have a second filter over later tokens and attention sees both sides; such a model takes no cache.
         layer_types (`list[str]`, *optional*): Mixer of every layer: `"hyena"` (default), `"full_attention"` or
             `"sliding_attention"`.
         filter_types (`list[str]`, *optional*): Filter of every layer, read where the mixer is `"hyena"`:
@@ -132,7 +135,7 @@ class HyenaConfig(PreTrainedConfig):
         initializer_range (`float`): Standard deviation of the initial weights.
         embed_dropout, resid_dropout, hyena_dropout, attention_dropout (`float`): Dropout after the embedding, after
             mixers and MLPs, on the gated inputs of the long convolutions, on attention weights.
-        use_cache (`bool`): Return a cache from `forward` unless told otherwise.
+        use_cache (`bool`, *optional*): Return a cache from `forward` unless told otherwise (None: `is_causal`).
         tie_word_embeddings (`bool`): Share the embedding with the language-model head.
         pad_token_id, bos_token_id, eos_token_id: Special token ids.
 
@@ -152,6 +155,7 @@ class HyenaConfig(PreTrainedConfig):
     order: int = 2
     num_heads: int | None = None
     layer_types: ResolvedNames = None
+    is_causal: bool = True
     filter_types: ResolvedNames = None
     filter_length: int | list[int] | None = None
     filter_hidden_size: int = 64
@@ -183,7 +187,7 @@ class HyenaConfig(PreTrainedConfig):
     resid_dropout: float | int = 0.0
     hyena_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
-    use_cache: bool = True
+    use_cache: ResolvedBool = None
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -196,6 +200,8 @@ class HyenaConfig(PreTrainedConfig):
         if self.filter_types is None:
             self.filter_types = ["implicit"] * self.num_hidden_layers
         if self.num_attention_heads is None:
+        if self.use_cache is None:
+            self.use_cache = self.is_causal
             self.num_attention_heads = max(1, self.hidden_size // 64)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -324,6 +330,13 @@ class HyenaConfig(PreTrainedConfig):
             raise ValueError(
                 f"head_dim ({self.head_dim}) must be even for rotary embeddings; set head_dim or num_attention_heads "
                 f"({heads}) so that it is"
+        if self.num_filters < self.hidden_size and not self.is_causal:
+            raise ValueError(
+                f"num_heads ({self.num_heads}) below hidden_size ({self.hidden_size}) needs a causal model; leave "
+                f"num_heads out or set is_causal=True"
+            )
+        if self.use_cache and not self.is_causal:
+            raise ValueError("use_cache is True but is_causal False: later tokens change earlier ones; leave it out")
             )
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types holds 'sliding_attention' but sliding_window is None; set sliding_window")

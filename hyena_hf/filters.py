@@ -8,6 +8,7 @@ lag n and trained length M, theta_{n,b} = 2 pi n f_b / M and f_b = linspace(1e-4
     h_n = MLP(z_n) * (exp(-t_n |decay|) + shift)                       sine MLP and exponential modulation
 
 so it does not depend on the length of the input: a shorter input uses a prefix. An explicit filter is its own taps.
+A bidirectional model has as many filters again over later tokens, `forward(length, reverse=True)`.
 
 Filters stay in float32 when a model is moved to a half-precision dtype (float64 follows `double()`): rounding a tap to
 bfloat16 costs more than rounding a weight, since its error is summed over the whole sequence.
@@ -98,15 +99,24 @@ class LongFilter(AtLeastFloat32):
     """What all filters share: shape, support, and a dtype of at least float32.
 
     Attributes:
+        is_causal: Whether there are no taps for later tokens.
         support: Lag from which all taps are zero; None for a filter that never ends.
         max_length: Longest filter that can be evaluated; None for no bound.
     """
 
+    is_causal: bool = True
     support: int | None = None
     max_length: int | None = None
 
-    def forward(self, length: int) -> Tensor:
-        """Taps for lags 0 to length - 1, (order - 1, num_heads, length), float32 or float64."""
+    def forward(self, length: int, *, reverse: bool = False) -> Tensor:
+        """Taps (order - 1, num_heads, length), float32 or float64.
+
+        Args:
+            length: Number of lags.
+            reverse: False: lags 0 to length - 1 into the past. True: lags 1 to length into the future.
+        """
+        if reverse and self.is_causal:
+            raise ValueError("a causal filter has no taps for later tokens; build the model with is_causal=False")
         if self.max_length is not None and length > self.max_length:
             raise ValueError(
                 f"a filter of {length} taps was asked for, but it was trained for {self.max_length} "
@@ -114,17 +124,33 @@ class LongFilter(AtLeastFloat32):
                 f"positional features are not trained"
             )
         inside = length if self.support is None else min(length, self.support)
-        taps = self.exact_taps(inside)
+        taps = self.exact_taps(inside, reverse=reverse)
         return taps if inside == length else nn.functional.pad(taps, (0, length - inside))
 
-    def exact_taps(self, length: int) -> Tensor:
+    def exact_taps(self, length: int, *, reverse: bool = False) -> Tensor:
         """`taps` in the filter's own dtype, also where autocast would run its layers in half precision."""
         with without_autocast(next(self.parameters()).device):
-            return self.taps(length)
+            return self.taps(length, reverse)
 
-    def taps(self, length: int) -> Tensor:
-        """Taps for lags 0 to length - 1 within the support."""
+    def taps(self, length: int, reverse: bool) -> Tensor:
+        """The first taps within the support, as in `forward`."""
         raise NotImplementedError
+
+
+class ReverseFilter:
+    """The taps of a bidirectional filter over later tokens, in the shape of a filter."""
+
+    def __init__(self, long_filter: LongFilter) -> None:
+        self.filter = long_filter
+        self.support, self.max_length = long_filter.support, long_filter.max_length
+
+    def __call__(self, length: int) -> Tensor:
+        """Taps for lags 1 to length into the future, (order - 1, num_heads, length)."""
+        return self.filter(length, reverse=True)
+
+    def exact_taps(self, length: int) -> Tensor:
+        """Taps within the support, not padded."""
+        return self.filter.exact_taps(length, reverse=True)
 
 
 class FilterLinear(nn.Module):
@@ -167,7 +193,7 @@ class ImplicitFilter(LongFilter):
 
     def __init__(self, config: HyenaConfig, layer_idx: int) -> None:
         super().__init__()
-        self.order, self.num_heads = config.order, config.num_filters
+        self.is_causal, self.order, self.num_heads = config.is_causal, config.order, config.num_filters
         self.trained_length = config.max_position_embeddings
         self.num_bands = config.filter_num_bands
         self.shift = config.modulation_shift
@@ -185,6 +211,11 @@ class ImplicitFilter(LongFilter):
         outputs = (self.order - 1) * self.num_heads
         self.layers = nn.ModuleList(FilterLinear(a, b, dtype) for a, b in itertools.pairwise(sizes))
         self.output = FilterOutput(width, outputs, dtype, bias=False)
+        # later tokens have an MLP of their own; all else is shared, as in Monarch Mixer
+        self.reverse_layers = self.reverse_output = None
+        if not config.is_causal:
+            self.reverse_layers = nn.ModuleList(FilterLinear(a, b, dtype) for a, b in itertools.pairwise(sizes))
+            self.reverse_output = FilterOutput(width, outputs, dtype, bias=False)
         # one frequency per hidden unit, shared by all layers as in the published models
         self.frequency = nn.Parameter(torch.full((width,), float(config.sine_frequency), dtype=dtype))
         # a buffer although computable: a published file may hold other rates
@@ -194,16 +225,18 @@ class ImplicitFilter(LongFilter):
         """The positional features that a trainable table starts from."""
         return positional_features(self.trained_length, self.trained_length, self.num_bands)
 
-    def taps(self, length: int) -> Tensor:
+    def taps(self, length: int, reverse: bool) -> Tensor:
         """The formulas at the top of this file."""
+        layers, output = (self.reverse_layers, self.reverse_output) if reverse else (self.layers, self.output)
+        assert layers is not None and output is not None  # noqa: S101, PT018 (`forward` has refused; narrows types)
         device, dtype = self.frequency.device, torch.promote_types(self.frequency.dtype, torch.float32)
         if self.features is None:
             x = positional_features(length, self.trained_length, self.num_bands, device).to(dtype)
         else:
             x = self.features[:length].to(dtype)
-        for layer in self.layers:
+        for layer in layers:
             x = torch.sin(self.frequency.to(dtype) * layer(x))
-        h = self.output(x).view(self.order - 1, self.num_heads, length)
+        h = output(x).view(self.order - 1, self.num_heads, length)
         if self.decay_rates is not None:
             times = filter_times(length, self.trained_length, device).to(dtype)
             h = h * (torch.exp(-self.decay_rates.abs().unsqueeze(-1) * times) + self.shift)
@@ -225,11 +258,15 @@ class ExplicitFilter(LongFilter):
         self.support = support
         self.max_length = config.max_position_embeddings if config.beyond_trained_length == "refuse" else None
         shape = config.order - 1, config.num_filters, support
+        self.is_causal = config.is_causal
         self.weight = nn.Parameter(torch.zeros(shape, dtype=_filter_dtype()))
+        self.reverse_weight = None if self.is_causal else nn.Parameter(torch.zeros_like(self.weight))
 
-    def taps(self, length: int) -> Tensor:
+    def taps(self, length: int, reverse: bool) -> Tensor:
         """The first taps of the parameter."""
-        return self.weight[..., :length]
+        weight = self.reverse_weight if reverse else self.weight
+        assert weight is not None  # noqa: S101 (`forward` has refused; narrows the type)
+        return weight[..., :length]
 
 
 FILTERS: dict[str, type[LongFilter]] = {"implicit": ImplicitFilter, "explicit": ExplicitFilter}

@@ -11,6 +11,7 @@ What differs from a Llama-style model:
 
 import math
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -26,14 +27,14 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import HyenaCacheLayer, adopt_cache
+from .cache import HyenaCacheLayer, adopt_cache, in_turn
 from .configuration_hyena import HyenaConfig
 from .filters import FILTERS, ExplicitFilter, FilterLinear, ImplicitFilter, decay_rates
 from .mixers import HyenaAttention, HyenaMixer, RotaryEmbedding
 from .mixers.attention import rotary_frequencies
 from .mixers.hyena import ShortConv
 from .ops import Segments
-from .ops.segments import build_segments, document_starts
+from .ops.segments import build_segments, check_positions, document_starts, segments_from_ends
 
 
 class HyenaRMSNorm(nn.Module):
@@ -129,16 +130,16 @@ class HyenaPreTrainedModel(PreTrainedModel):
 
         | parameter | init | weight decay | learning rate |
         |---|---|---|---|
-        | embed_tokens, lm_head, all projections: weight | N(0, r^2), r = initializer_range | yes | base |
+        | embeddings, heads, all projections: weight | N(0, r^2), r = initializer_range | yes | base |
         | mixer.out_proj, mlp.down_proj: weight | N(0, r^2 / (2 num_hidden_layers)) | yes | base |
-        | projections: bias | 0 | no | base |
+        | projections, heads: bias | 0 | no | base |
         | norms: weight, bias | 1, 0 | no | base |
         | mixer.short_conv: weight, bias | U(-1/sqrt(K), 1/sqrt(K)) | no | base |
         | mixer.skip | N(0, 1) | no | base |
-        | mixer.filter.layers, mixer.filter.output | N(0, r^2), bias 0 | no | filter |
+        | mixer.filter.layers, .output, .reverse_layers, .reverse_output | N(0, r^2), bias 0 | no | filter |
         | mixer.filter.frequency | sine_frequency | no | filter |
         | mixer.filter.features (where trained) | formula in filters.py | no | filter |
-        | mixer.filter.weight (explicit) | U(-1/sqrt(K), 1/sqrt(K)) | no | filter |
+        | mixer.filter.weight, .reverse_weight (explicit) | U(-1/sqrt(K), 1/sqrt(K)) | no | filter |
         | mixer.filter.decay_rates (buffer) | formula in filters.py | | |
 
         As in the published code (safari, `long_conv_lm.py`): its language-model init also redraws the filter's MLP.
@@ -176,6 +177,8 @@ class HyenaPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ExplicitFilter):
             bound = 1 / math.sqrt(module.weight.shape[-1])
             init.uniform_(module.weight, -bound, bound)
+            if module.reverse_weight is not None:
+                init.uniform_(module.reverse_weight, -bound, bound)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:  # noqa: ARG002 (its signature)
         # In models from outside, transformers skips modules without parameters of their own, such as our blocks, for
@@ -231,9 +234,10 @@ class HyenaPreTrainedModel(PreTrainedModel):
         return model
 
 
-def _check_stream(
+def check_stream(
     input_ids: Tensor | None, inputs_embeds: Tensor | None, config: HyenaConfig
 ) -> tuple[int, int, torch.device]:
+    """Batch, length and device of the tokens or embeddings, after refusing what is neither."""
     if (input_ids is None) == (inputs_embeds is None):
         given = "neither" if input_ids is None else "both"
         raise ValueError(f"pass input_ids or inputs_embeds, exactly one of them; got {given}")
@@ -256,8 +260,25 @@ def _check_stream(
     return batch, length, stream.device
 
 
+def check_labels(labels: Tensor, shape: tuple[int, ...] | None, count: int, what: str) -> None:
+    """Refuse labels of another shape (None: any), and any but -100 outside `count` classes, which `what` names."""
+    if torch.compiler.is_compiling():
+        return
+    if shape is not None and labels.shape != shape:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, but the batch {tuple(shape)}; give one label a token, -100 for "
+            f"positions without loss"
+        )
+    wrong = ((labels < 0) | (labels >= count)) & (labels != -100)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"labels hold {labels[wrong][0].item()}, outside the {what} of {count}; use -100 for positions without "
+            f"loss"
+        )
+
+
 def _real_tokens(attention_mask: Tensor | None, batch: int, length: int, past: int | Tensor) -> Tensor | None:
-    """True where the new columns hold real tokens (B, L), or None when no mask was given."""
+    """True where the new columns hold real tokens (B, L), or None when all do."""
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
@@ -270,7 +291,8 @@ def _real_tokens(attention_mask: Tensor | None, batch: int, length: int, past: i
             f"attention_mask has shape {tuple(attention_mask.shape)}, but the batch has {batch} rows of {int(past)} "
             f"cached and {length} new tokens; its shape must be {(batch, int(past) + length)}"
         )
-    return attention_mask[:, -length:].bool()
+    mask = attention_mask[:, -length:].bool()
+    return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
 
 
 class HyenaModel(HyenaPreTrainedModel):
@@ -312,11 +334,12 @@ class HyenaModel(HyenaPreTrainedModel):
                 the sequence without them; theirs are finite and unspecified.
             position_ids: Positions for rotary attention (B, L). Without a mask and a cache, a document begins wherever
                 they do not rise by one.
-            past_key_values: Cache of earlier calls.
+            past_key_values: Cache of earlier calls; refused by bidirectional models.
             inputs_embeds: Embeddings (B, L, D).
             use_cache: Return a cache. Packed batches without a cache of the caller's make none.
             seq_idx: Number of the document of each token (B, L), for packed batches.
-            cu_seq_lens_q: Ends of the documents in the flattened batch, from 0 to B L, for packed batches.
+            cu_seq_lens_q: Ends of the documents in the flattened batch, from 0 to B L, for packed batches. With the
+                length of the longest one beside them (`max_length_q`, an int) a packed forward compiles to one graph.
             kwargs: Handed to attention functions.
 
         Returns:
@@ -325,18 +348,24 @@ class HyenaModel(HyenaPreTrainedModel):
         Raises:
             ValueError, TypeError: Inputs that contradict each other or the model.
         """
-        batch, length, device = _check_stream(input_ids, inputs_embeds, self.config)
-        starts = self._documents(batch, length, attention_mask, position_ids, past_key_values, seq_idx, cu_seq_lens_q)
+        batch, length, device = check_stream(input_ids, inputs_embeds, self.config)
+        self._check_cache(use_cache, past_key_values)
+        if position_ids is not None and position_ids.shape not in ((batch, length), (1, length)):
+            raise ValueError(f"position_ids must have shape {(batch, length)}, got {tuple(position_ids.shape)}")
+        told = attention_mask is not None or past_key_values is not None
+        documents = self._documents(
+            batch, length, None if told else position_ids, seq_idx, cu_seq_lens_q, kwargs.get("max_length_q")
+        )
         cache = past_key_values
-        if cache is None and use_cache and starts is None:
+        if cache is None and use_cache and documents is None:
             cache = DynamicCache(config=self.config)
-        cache_layers = self._cache_layers(cache, batch)
+        cache_layers = self._cache_layers(cache, batch, packed=documents is not None)
         first = None if cache_layers is None else cache_layers[0]
         past = 0 if first is None else first.length
         mask = _real_tokens(attention_mask, batch, length, past)
-        if mask is not None and bool(mask.all()):
-            mask = None
-        segments = build_segments(mask, starts, cached=cache_layers is not None)
+        segments = build_segments(mask, documents, cached=cache_layers is not None)
+        if position_ids is not None and (told or segments is not None):
+            check_positions(position_ids, segments, None if past_key_values is None or first is None else first.tokens)
         self._check_length(first, length if segments is None else segments.max_length, length)
 
         if inputs_embeds is None:
@@ -350,11 +379,12 @@ class HyenaModel(HyenaPreTrainedModel):
         if self.config.residual_in_fp32:
             hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
 
-        for index, layer in enumerate(self.layers):
+        turns = repeat(None) if cache is None else in_turn(cache)
+        for cache_layer, layer in zip(turns, self.layers, strict=False):
             hidden_states = layer(
                 hidden_states,
                 segments=segments,
-                cache_layer=None if cache_layers is None else cache_layers[index],
+                cache_layer=cache_layer,
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
@@ -368,33 +398,40 @@ class HyenaModel(HyenaPreTrainedModel):
         self,
         batch: int,
         length: int,
-        attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        past_key_values: Cache | None,
         seq_idx: Tensor | None,
         cu_seq_lens_q: Tensor | None,
-    ) -> Tensor | None:
-        """Starts of packed documents, or None."""
-        if position_ids is not None and position_ids.shape not in ((batch, length), (1, length)):
-            raise ValueError(f"position_ids must have shape {(batch, length)}, got {tuple(position_ids.shape)}")
-        told = attention_mask is not None or past_key_values is not None
-        starts = document_starts(
+        max_length_q: int | None,
+    ) -> Tensor | Segments | None:
+        """Starts of packed documents, or their segments where no tensor may be read, or None."""
+        if torch.compiler.is_compiling() and cu_seq_lens_q is not None and isinstance(max_length_q, int):
+            if seq_idx is not None:
+                raise ValueError("seq_idx and cu_seq_lens_q both describe the documents; a compiled graph takes one")
+            return segments_from_ends(cu_seq_lens_q, max_length_q, batch, length)
+        return document_starts(
             batch,
             length,
             seq_idx=seq_idx,
             cu_seq_lens=cu_seq_lens_q,
-            position_ids=None if told or torch.compiler.is_exporting() else position_ids,
+            position_ids=None if torch.compiler.is_exporting() else position_ids,
         )
-        if starts is not None and past_key_values is not None:
+
+    def _check_cache(self, use_cache: bool | None, past_key_values: Cache | None) -> None:
+        if self.config.is_causal or not (use_cache or past_key_values is not None):
+            return
+        asked = "use_cache=True" if past_key_values is None else "past_key_values"
+        raise ValueError(
+            f"{asked} was passed to a bidirectional model, in which later tokens change earlier ones; leave it out"
+        )
+
+    def _cache_layers(self, cache: Cache | None, batch: int, *, packed: bool) -> list[HyenaCacheLayer] | None:
+        if cache is None:
+            return None
+        if packed:
             raise ValueError(
                 "packed documents cannot share a cache with what follows them; leave past_key_values out, or give "
                 "each document its own row"
             )
-        return starts
-
-    def _cache_layers(self, cache: Cache | None, batch: int) -> list[HyenaCacheLayer] | None:
-        if cache is None:
-            return None
         if self.gradient_checkpointing and self.training:
             raise ValueError(
                 "gradient checkpointing runs blocks twice, which a cache cannot follow; pass use_cache=False"
@@ -437,6 +474,16 @@ class HyenaModel(HyenaPreTrainedModel):
         return positions + (seen.unsqueeze(-1) if isinstance(seen, Tensor) and seen.ndim else seen)
 
 
+def labels_of_next_token(labels: Tensor, real: Tensor) -> Tensor:
+    """The label of the next real token at every real token, -100 elsewhere: (B, L), from labels and real (B, L)."""
+    length = labels.shape[1]
+    at = torch.where(real, torch.arange(length, device=labels.device), length)
+    # the first real column from each column on, then of the columns behind it
+    first = torch.nn.functional.pad(at.flip(1).cummin(dim=1).values.flip(1)[:, 1:], (0, 1), value=length)
+    following = torch.nn.functional.pad(labels, (0, 1), value=-100).gather(1, first)
+    return following.masked_fill(~real, -100)
+
+
 class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
     """A Hyena language model: `HyenaModel` and a linear head over the vocabulary."""
 
@@ -446,6 +493,8 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
     _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
 
     def __init__(self, config: HyenaConfig) -> None:
+        if not config.is_causal:
+            raise ValueError("is_causal is False, but HyenaForCausalLM predicts the next token; use HyenaForMaskedLM")
         super().__init__(config)
         self.model = HyenaModel(config)
         self.vocab_size = config.vocab_size
@@ -470,13 +519,18 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
         Arguments as in `HyenaModel.forward`, and two more.
 
         Args:
-            labels: Token ids (B, L), -100 where no loss is wanted; shifted inside, so pass the input ids.
+            labels: Token ids (B, L), -100 where no loss is wanted; shifted inside, so pass the input ids. Masked
+                tokens neither predict nor count: the loss is that of the sequences without them.
             logits_to_keep: Compute logits for the last so many positions only (0: all), or at given positions.
 
         Returns:
             `logits` (B, L, V), `loss` when labels are given, `past_key_values`.
         """
-        self._check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds, logits_to_keep)
+        if labels is not None:
+            stream = input_ids if inputs_embeds is None else inputs_embeds
+            whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+            shape = stream.shape[:2] if whole and stream is not None else None
+            check_labels(labels, shape, self.config.vocab_size, "vocabulary")
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -499,6 +553,8 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
 
         loss = None
         if labels is not None:
+            if attention_mask is not None and labels.shape == logits.shape[:2] and "shift_labels" not in kwargs:
+                kwargs["shift_labels"] = labels_of_next_token(labels, attention_mask[:, -labels.shape[1] :].bool())
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -506,22 +562,6 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
-
-    def _check_labels(self, labels: Tensor | None, stream: Tensor | None, logits_to_keep: int | Tensor) -> None:
-        if labels is None or torch.compiler.is_compiling():
-            return
-        whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        if whole and stream is not None and labels.shape != stream.shape[:2]:
-            raise ValueError(
-                f"labels have shape {tuple(labels.shape)}, but the batch {tuple(stream.shape[:2])}; give one label a "
-                f"token, -100 for positions without loss"
-            )
-        wrong = ((labels < 0) | (labels >= self.config.vocab_size)) & (labels != -100)
-        if bool(wrong.any()):
-            raise ValueError(
-                f"labels hold {int(labels[wrong][0])}, outside the vocabulary of {self.config.vocab_size}; use -100 "
-                f"for positions without loss"
-            )
 
     # generation
 
@@ -533,20 +573,25 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        """Tell a new cache how long the generation can get, so that its buffers and filters are made once."""
+        """Tell a cache how long the generation can get and how far it may be rolled back.
+
+        Buffers and filters of a new one are then made once, and an assistant can take all its candidates back.
+        """
         given = model_kwargs.get("past_key_values")
         prepare: Callable = super()._prepare_cache_for_generation  # pyright: ignore (its self is a protocol)
         prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         cache = model_kwargs.get("past_key_values")
-        if cache is None or cache is given:
+        if cache is None:
             return
-        rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        layers = adopt_cache(cache, self.config, rows, id(self.model))
-        lookup = generation_config.prompt_lookup_num_tokens or 0
-        for layer in layers:
-            layer.max_pending = max(layer.max_pending, lookup + 1)
-            if layer.max_cache_len is None:
-                layer.expected_length = max_cache_length + 1 + lookup
+        if cache is not given:
+            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+            lookup = generation_config.prompt_lookup_num_tokens or 0
+            for layer in adopt_cache(cache, self.config, rows, id(self.model)):
+                if layer.max_cache_len is None:
+                    layer.expected_length = max_cache_length + 1 + lookup
+        for layer in cache.layers:
+            if isinstance(layer, HyenaCacheLayer) and layer.record_past:
+                layer.max_pending = max(layer.max_pending, generation_config.max_new_tokens or 0)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None, **_):

@@ -63,19 +63,21 @@ def config_of(name: str = "order 2", **changes) -> HyenaConfig:
     return HyenaConfig(**{**SHAPE, **COMBINATIONS[name], **changes})
 
 
-def new_model(name: str = "order 2", dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> HyenaForCausalLM:
+def new_model(
+    name: str = "order 2", dtype: torch.dtype = torch.float32, seed: int = 0, *, kind=HyenaForCausalLM, **changes
+):
     """A model with large random weights, drawn in float32; every dtype of a name has the same ones."""
     torch.manual_seed(seed)
-    model = HyenaForCausalLM(config_of(name, **changes)).eval()
+    model = kind(config_of(name, **changes)).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
             elif "short_conv" in key:
                 parameter.normal_(0, 0.5)
-            elif "filter.output" in key or "filter.weight" in key:
+            elif key.partition("filter.")[2].startswith(("output", "weight", "reverse_output", "reverse_weight")):
                 parameter.normal_(0, 0.4)
-            elif "filter.layers" in key:
+            elif key.partition("filter.")[2].startswith(("layers", "reverse_layers")):
                 parameter.normal_(0, 0.05)
             elif ".skip" not in key and "filter.frequency" not in key and "filter.features" not in key:
                 parameter.normal_(0, 0.15)

@@ -110,6 +110,7 @@ def bidirectional_conv(u: Array, h: Array, h_reverse: Array, direct: Array | Non
     """
     y = causal_conv(u, h, direct)
     future = causal_conv(exact(u)[..., ::-1], h_reverse)[..., ::-1]
+    y = y.astype(np.result_type(y, future))
     y[..., :-1] += future[..., 1:]
     return y
 
@@ -334,7 +335,8 @@ def softmax(x: Array) -> Array:
 def attention(q: Array, k: Array, v: Array, window: int | None = None, causal: bool = True) -> Array:
     """Softmax attention of q (..., H, L, P) over k, v (..., G, L, P); query head i reads group i // (H // G).
 
-    Token t sees s <= t (all s if not causal), and with a window only s > t - window: itself and window - 1 before it.
+    Token t sees s <= t (all s if not causal), and with a window only |t - s| < window: itself and window - 1 before it
+    (and after it if not causal).
     Scores are scaled by P^-1/2. Returns (..., H, L, P).
     """
     q, k, v = exact(q), exact(k), exact(v)
@@ -343,7 +345,7 @@ def attention(q: Array, k: Array, v: Array, window: int | None = None, causal: b
     lag = np.subtract.outer(np.arange(q.shape[-2]), np.arange(q.shape[-2]))
     visible = (lag >= 0) | (not causal)
     if window is not None:
-        visible &= lag < window
+        visible &= abs(lag) < window
     scores = q @ np.swapaxes(k, -1, -2) / np.sqrt(q.shape[-1])
     return softmax(np.where(visible, scores, -np.inf)) @ v
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from hyena_hf import HyenaConfig, HyenaForCausalLM
+from hyena_hf import HyenaConfig, HyenaForCausalLM, HyenaModel
 from tests.models import COMBINATIONS, FULL, HYENA, SLIDING, config_of, new_model, tokens
 
 
@@ -17,6 +17,11 @@ def shapes(**changes):
     with torch.device("meta"):
         model = HyenaForCausalLM(config_of(**changes))
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def body_shapes(**changes):
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in HyenaModel(config_of(**changes)).named_parameters()}
 
 
 def logits(dtype=torch.float32, **changes):
@@ -68,6 +73,7 @@ EFFECTS = {
     "max_position_embeddings": (logits, 256, 100),
     "order": (shapes, 2, 3),
     "num_heads": (shapes, None, 8),
+    "is_causal": (body_shapes, True, False),
     "layer_types": (shapes, None, [HYENA, FULL, HYENA]),
     "filter_types": (shapes, None, ["implicit", "explicit", "implicit"]),
     "filter_length": (logits, None, [7, 8, 9]),
@@ -149,6 +155,9 @@ REFUSED = [
     ({"num_heads": 5}, ValueError, ["(32)", "(5)", "num_heads=4"]),
     ({"num_heads": 33}, ValueError, ["(32)", "(33)", "num_heads=32"]),
     ({"num_heads": 8, "order": 3}, ValueError, ["(8)", "(32)", "order 3", "order=2"]),
+    ({"num_heads": 8, "is_causal": False}, ValueError, ["(8)", "(32)", "is_causal=True"]),
+    ({"use_cache": True, "is_causal": False}, ValueError, ["use_cache is True", "leave it out"]),
+    ({"is_causal": "no"}, TypeError, ["is_causal", "bool", "str"]),
     ({"order": 1}, ValueError, ["order (1)", "at least 2"]),
     ({"vocab_size": 0}, ValueError, ["vocab_size (0)", "at least 1"]),
     ({"short_conv_kernel": -1}, ValueError, ["short_conv_kernel (-1)", "at least 1"]),
@@ -242,6 +251,8 @@ def test_what_is_left_out_follows_from_what_is_given():
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 4, 64)
     assert config.num_filters == 256
     assert [config.filter_support(layer) for layer in range(2)] == [None, None]
+    assert config.use_cache
+    assert not HyenaConfig(is_causal=False).use_cache
 
 
 def test_defaults_are_the_published_153m_model():

@@ -3,7 +3,8 @@
 
 It runs through transformers' attention interface, so every implementation registered there serves. Like all mixers it
 sees dense left-aligned rows; keys and values of earlier calls are right-aligned before them, hence the usual causal
-and sliding masks are right for every row, and unequal rows differ only by empty columns at the left.
+and sliding masks are right for every row, and unequal rows differ only by empty columns at the left. In bidirectional
+models there are no earlier calls, and unequal rows differ by empty columns at the right.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
     causal_mask_function,
     sliding_window_causal_mask_function,
 )
@@ -22,6 +24,7 @@ from hyena_hf.cache import AttentionHistory, HyenaCacheLayer, NoMemory
 from hyena_hf.configuration_hyena import HyenaConfig
 from hyena_hf.filters import AtLeastFloat32
 from hyena_hf.ops import Segments, over_rows
+from hyena_hf.ops.segments import filled_cells
 
 
 def rotary_frequencies(config: HyenaConfig) -> tuple[Tensor, float]:
@@ -82,18 +85,52 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
+Attend = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Memory = HyenaCacheLayer | NoMemory
+
+
+def _see_earlier(window: int | None) -> Callable:
+    """Mask function of causal attention."""
+    return causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+
+
+def _see_both_sides(window: int | None) -> Callable:
+    """Mask function of bidirectional attention; a window is as wide on either side as that of causal attention."""
+    if window is None:
+        return bidirectional_mask_function
+
+    def within_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001 (interface)
+        return (query - key).abs() < window
+
+    return within_window
+
+
+def _attend_to_memory(memory: Memory, x: Tensor, counts: Tensor | None, queries: int, attend: Attend) -> Tensor:
+    """Attention of new tokens x (B, C, n) to the remembered ones and to each other."""
+    del queries  # the memory knows
+    return memory.push(0, x, counts, attend)
+
+
+def _attend_to_row(memory: Memory, x: Tensor, counts: Tensor | None, queries: int, attend: Attend) -> Tensor:
+    """Attention of whole rows x (R, C, n) to themselves; a bidirectional model remembers nothing."""
+    del memory
+    filled = None if counts is None else filled_cells(x.shape[-1], counts.clamp(min=1))  # softmax needs one key
+    return attend(x[:, :queries], x[:, queries:], filled)
+
+
 class HyenaAttention(nn.Module):
-    """Causal softmax attention, full or over a sliding window.
+    """Softmax attention, full or over a sliding window, causal or not.
 
     Args:
         config: The model's config.
         layer_idx: Layer that the mixer belongs to.
     """
 
-    is_causal = True  # read by transformers' attention functions
-
     def __init__(self, config: HyenaConfig, layer_idx: int) -> None:
         super().__init__()
+        self.is_causal = config.is_causal  # read by transformers' attention functions
+        self.visible = _see_earlier if config.is_causal else _see_both_sides
+        self.attend_in_rows = _attend_to_memory if config.is_causal else _attend_to_row
         self.config, self.layer_idx = config, layer_idx
         self.head_dim, self.scaling = config.head_dim, config.head_dim**-0.5
         self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
@@ -120,7 +157,7 @@ class HyenaAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs,
     ) -> Tensor:
-        """Attend to earlier tokens of the same sequence.
+        """Attend to tokens of the same sequence.
 
         Args:
             hidden_states: (B, L, D).
@@ -144,21 +181,22 @@ class HyenaAttention(nn.Module):
             q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
         stream = torch.cat([q.flatten(2), k.flatten(2), self.v_proj(hidden_states)], dim=-1)
 
-        def attend(q: Tensor, kv: Tensor, empty: Tensor | None) -> Tensor:
-            return self.attend(q, kv, empty, **kwargs)
+        def attend(q: Tensor, kv: Tensor, filled: Tensor | None) -> Tensor:
+            return self.attend(q, kv, filled, **kwargs)
 
         def mix(rows: Tensor, counts: Tensor | None) -> Tensor:
-            return memory.push(0, rows.transpose(1, 2), counts, attend).transpose(1, 2)
+            x = rows.transpose(1, 2)
+            return self.attend_in_rows(memory, x, counts, self.num_heads * self.head_dim, attend).transpose(1, 2)
 
         return self.out_proj(over_rows(segments, mix, stream))
 
-    def attend(self, q: Tensor, kv: Tensor, empty: Tensor | None, **kwargs) -> Tensor:
+    def attend(self, q: Tensor, kv: Tensor, filled: Tensor | None, **kwargs) -> Tensor:
         """Attention of the last n columns to all.
 
         Args:
             q: Queries (B, H P, n).
             kv: Keys and values (B, 2 H_kv P, T + n), right-aligned.
-            empty: Columns at the left of each row that hold nothing (B,); None: none.
+            filled: True for the columns of each row that hold keys and values (B, T + n); None: all.
             kwargs: Handed to the attention function.
 
         Returns:
@@ -175,7 +213,7 @@ class HyenaAttention(nn.Module):
             query,
             key,
             value,
-            self.mask(batch, new, total, empty, q),
+            self.mask(batch, new, total, filled, q),
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
@@ -183,22 +221,19 @@ class HyenaAttention(nn.Module):
         )
         return output.reshape(batch, new, -1).mT
 
-    def mask(self, batch: int, new: int, total: int, empty: Tensor | None, like: Tensor) -> Tensor | None:
+    def mask(self, batch: int, new: int, total: int, filled: Tensor | None, like: Tensor) -> Tensor | None:
         """The mask in the form that the attention implementation reads."""
-        window = self.sliding_window
-        filled = None
-        if empty is not None:
-            filled = torch.arange(total, device=like.device) >= empty.unsqueeze(1)
         return ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation or "eager"](
             batch_size=batch,
             q_length=new,
             kv_length=total,
             q_offset=total - new,
             kv_offset=0,
-            mask_function=causal_mask_function if window is None else sliding_window_causal_mask_function(window),
+            mask_function=self.visible(self.sliding_window),
             attention_mask=filled,
-            local_size=window,
-            allow_is_causal_skip=True,
+            local_size=self.sliding_window,
+            allow_is_causal_skip=self.is_causal,
+            allow_is_bidirectional_skip=not self.is_causal,
             dtype=like.dtype,
             device=like.device,
             config=self.config,

@@ -8,6 +8,9 @@ less than the definition. With projections x_0 .. x_{N-1}, v of the input, all p
 
 MultiHyena (Massaroli et al. 2023, arXiv 2310.18780) at order 2 replaces the products of channels by outer products
 inside heads, see `hyena_hf.ops.multihead`.
+
+A bidirectional operator has a second filter over later tokens, as in Monarch Mixer (Fu et al. 2023, arXiv 2310.12109);
+the short convolution stays causal there too.
 """
 
 import torch
@@ -15,9 +18,31 @@ from torch import Tensor, nn
 
 from hyena_hf.cache import ExactHistory, HeadHistory, History, HyenaCacheLayer, NoMemory, Window
 from hyena_hf.configuration_hyena import HyenaConfig
-from hyena_hf.filters import FILTERS
-from hyena_hf.ops import Segments, over_rows
+from hyena_hf.filters import FILTERS, LongFilter, ReverseFilter
+from hyena_hf.ops import Segments, bidirectional_fftconv, over_rows
 from hyena_hf.ops.precision import without_autocast
+from hyena_hf.ops.segments import zero_behind
+
+
+Memory = HyenaCacheLayer | NoMemory
+
+
+def _convolve_causally(
+    memory: Memory, index: int, w: Tensor, counts: Tensor | None, long_filter: LongFilter, direct: Tensor
+) -> Tensor:
+    """Long convolution number `index` of new inputs w (B, C, n) and the remembered ones."""
+    return memory.push(index + 1, w, counts, memory.taps, long_filter, index, direct)
+
+
+def _convolve_both_sides(
+    memory: Memory, index: int, w: Tensor, counts: Tensor | None, long_filter: LongFilter, direct: Tensor
+) -> Tensor:
+    """Long convolution number `index` of whole rows w (R, C, n); a bidirectional model remembers only its taps."""
+    assert isinstance(memory, NoMemory)  # noqa: S101 (the model refuses caches; narrows the type)
+    length = w.shape[-1]
+    h = memory.taps.rising(long_filter, index, length)
+    h_reverse = memory.reverse_taps.rising(ReverseFilter(long_filter), index, length)
+    return bidirectional_fftconv(zero_behind(w, counts), h, h_reverse, direct)
 
 
 class ShortConv(nn.Module):
@@ -45,6 +70,7 @@ class HyenaMixer(nn.Module):
         self.order, self.width = config.order, config.hidden_size
         self.num_heads = config.num_filters
         self.dropout = config.hyena_dropout
+        self.convolve = _convolve_causally if config.is_causal else _convolve_both_sides
         channels = (config.order + 1) * config.hidden_size
         self.in_proj = nn.Linear(config.hidden_size, channels, bias=config.use_bias)
         self.short_conv = ShortConv(channels, config.short_conv_kernel, config.use_bias)
@@ -80,8 +106,7 @@ class HyenaMixer(nn.Module):
             (B, L, D).
         """
         if cache_layer is None:
-            memory = NoMemory(self.make_histories(None, None))
-            memory.taps.capacity = None if segments is None else segments.max_length
+            memory = NoMemory(self.make_histories(None, None), None if segments is None else segments.max_length)
         else:
             memory = cache_layer
             memory.attach(self.make_histories, hidden_states.shape[0], hidden_states.device)
@@ -96,20 +121,20 @@ class HyenaMixer(nn.Module):
 
         return self.out_proj(over_rows(segments, mix, self.in_proj(hidden_states)))
 
-    def projections(self, x: Tensor, counts: Tensor | None, memory: HyenaCacheLayer | NoMemory) -> Tensor:
+    def projections(self, x: Tensor, counts: Tensor | None, memory: Memory) -> Tensor:
         """Short convolution of the projections, (B, (N + 1) D, n)."""
         weight, bias = self.short_conv.weight, self.short_conv.bias
         return memory.push(0, x, counts, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
-    def gated_convolutions(self, x: Tensor, counts: Tensor | None, memory: HyenaCacheLayer | NoMemory) -> Tensor:
+    def gated_convolutions(self, x: Tensor, counts: Tensor | None, memory: Memory) -> Tensor:
         """Order-N recurrence on rows x (B, (N + 1) D, n) -> (B, D, n)."""
         *gates, v = self.projections(x, counts, memory).chunk(self.order + 1, dim=1)
         for index, gate in enumerate(reversed(gates[1:])):
             w = nn.functional.dropout(v * gate, self.dropout, self.training)
-            v = memory.push(index + 1, w, counts, memory.taps, self.filter, index, self.skip[index])
+            v = self.convolve(memory, index, w, counts, self.filter, self.skip[index])
         return gates[0] * v
 
-    def head_convolution(self, x: Tensor, counts: Tensor | None, memory: HyenaCacheLayer | NoMemory) -> Tensor:
+    def head_convolution(self, x: Tensor, counts: Tensor | None, memory: Memory) -> Tensor:
         """MultiHyena on rows x (B, 3 D, n) -> (B, D, n)."""
         qkv = self.projections(x, counts, memory)
         if self.training and self.dropout:

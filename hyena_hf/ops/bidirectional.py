@@ -63,11 +63,11 @@ class _CircularConv(torch.autograd.Function):
 
 def _circular_kernel(h: Tensor, h_reverse: Tensor, length: int) -> Tensor:
     """Both filters on a circle (H, n): lag t at t, the lag of t tokens ahead at n - t, zeros between."""
-    if isinstance(length, torch.SymInt):  # no comparison may depend on a symbolic length
-        n = length + h.shape[1] + h_reverse.shape[1]
-    else:
-        h, h_reverse = h[:, :length], h_reverse[:, : length - 1]
-        n = fft_length(length, max(h.shape[1], h_reverse.shape[1] + 1))
+    if isinstance(length, torch.SymInt):  # no comparison may depend on it: both filters are made as long as the input
+        h, h_reverse = (pad(taps, (0, length))[:, :length] for taps in (h, h_reverse))
+        return torch.cat([h, h_reverse.flip(-1)], dim=-1)
+    h, h_reverse = h[:, :length], h_reverse[:, : length - 1]
+    n = fft_length(length, max(h.shape[1], h_reverse.shape[1] + 1))
     return torch.cat([pad(h, (0, n - h.shape[1] - h_reverse.shape[1])), h_reverse.flip(-1)], dim=-1)
 
 

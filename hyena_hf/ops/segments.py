@@ -4,8 +4,8 @@
 A stream (B, L, C) may hold padding on either side, holes, or several documents in a row. Operators that mix along time
 see none of it: `over_rows` gathers every sequence into a dense row that starts at column 0, runs the operator, and
 scatters its outputs back to where the tokens stood. So a sequence's outputs cannot depend on its neighbours: masked
-tokens do not exist. Behind a row's last token lies anything finite: causal operators never look there, and a
-cache takes in only as many columns as the row's count.
+tokens do not exist. Behind a row's last token lies anything finite: causal operators never look there, a cache takes
+in only as many columns as the row's count, and operators that look ahead put zeros there first (`zero_behind`).
 
 Without a cache a row is a document, and documents are grouped by length so that short ones do not pay for long ones.
 With a cache a row is a row of the batch, because that is what the cache remembers.
@@ -52,6 +52,21 @@ class Segments:
     max_length: int
 
 
+def filled_cells(width: int, counts: Tensor) -> Tensor:
+    """True for the cells of rows of that width that hold tokens, (R, width); counts (R,)."""
+    return torch.arange(width, device=counts.device) < counts.unsqueeze(1)
+
+
+def zero_behind(x: Tensor, counts: Tensor | None) -> Tensor:
+    """Rows x (R, C, n) with zeros behind each row's last token; counts (R,), None when all rows are full.
+
+    What stands there is not zero by itself: biases and gates act on every cell. Causal operators never look there.
+    """
+    if counts is None:
+        return x
+    return x.masked_fill(~filled_cells(x.shape[-1], counts).unsqueeze(1), 0)
+
+
 def over_rows(
     segments: Segments | None, function: Callable[[Tensor, Tensor | None], Tensor], stream: Tensor
 ) -> Tensor:
@@ -81,15 +96,24 @@ def over_rows(
 
 
 def segments_from_mask(mask: Tensor) -> Segments:
-    """One row per batch row, its tokens moved to the left: what a cache needs. mask (B, L), True for real tokens."""
+    """One row per batch row, its tokens moved to the left: what a cache needs. mask (B, L), True for real tokens.
+
+    A compiled graph may read no tensor: its rows are as wide as the stream, and masked tokens get the output of the
+    token before them.
+    """
     batch, length = mask.shape
     counts = mask.sum(dim=1)
-    width = max(int(counts.max()), 1)
+    compiling = torch.compiler.is_compiling()
+    width = length if compiling else max(int(counts.max()), 1)
     order = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)[:, :width]
     starts = torch.arange(batch, device=mask.device).unsqueeze(1)
     row_positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    source = mask.flatten().nonzero().squeeze(1)
-    slot = (starts * width + row_positions).flatten()[source]
+    slot = (starts * width + row_positions).flatten()
+    if compiling:
+        source = torch.arange(batch * length, device=mask.device)
+    else:
+        source = mask.flatten().nonzero().squeeze(1)
+        slot = slot[source]
     group = Rows(index=order + starts * length, source=source, slot=slot, counts=counts)
     return Segments(groups=(group,), positions=row_positions * mask, max_length=width)
 
@@ -138,6 +162,31 @@ def _starts_from_seq_idx(seq_idx: Tensor, batch: int, length: int) -> Tensor:
     if bool((step < 0).any()):
         raise ValueError("seq_idx decreases within a row; number the documents of a row in order")
     return torch.nn.functional.pad(step != 0, (1, 0), value=True).expand(batch, length)
+
+
+def segments_from_ends(cu_seq_lens: Tensor, width: int, batch: int, length: int) -> Segments:
+    """One row per document, all of one group, without reading a tensor: what a compiled graph needs.
+
+    Args:
+        cu_seq_lens: Ends of the documents in the flattened stream (R + 1,), from 0 to B * L.
+        width: Length of the longest document, or more.
+        batch, length: Shape of the stream.
+
+    Raises:
+        RuntimeError: The ends contradict the shape or the width; on accelerators asynchronously.
+    """
+    ends = cu_seq_lens.long()
+    starts, lengths = ends[:-1], ends.diff()
+    right = (ends[0] == 0) & (ends[-1] == batch * length) & (lengths.min() >= 0) & (lengths.max() <= width)
+    torch.ops.aten._assert_async.msg(
+        right, f"cu_seq_lens_q must rise from 0 to the number of tokens ({batch * length}) by at most {width}"
+    )
+    source = torch.arange(batch * length, device=ends.device)
+    row = torch.searchsorted(ends, source, right=True) - 1
+    position = source - starts[row]
+    cells = torch.arange(width, device=ends.device).minimum((lengths[:, None] - 1).clamp(min=0)) + starts[:, None]
+    group = Rows(index=cells.clamp(max=batch * length - 1), source=source, slot=row * width + position, counts=lengths)
+    return Segments(groups=(group,), positions=position.view(batch, length), max_length=width)
 
 
 def _starts_from_cu_seq_lens(cu_seq_lens: Tensor, batch: int, length: int) -> Tensor:
@@ -189,28 +238,72 @@ def document_starts(
     return starts if bool(starts[:, 1:].any()) else None
 
 
-def build_segments(mask: Tensor | None, starts: Tensor | None, *, cached: bool) -> Segments | None:
+def check_positions(position_ids: Tensor, segments: Segments | None, seen: Tensor | int | None) -> None:
+    """Refuse positions that say something else about the sequences than the segments do.
+
+    Args:
+        position_ids: Positions of the caller (B, L) or (1, L).
+        segments: How the stream divides; None when every row is one sequence.
+        seen: Real tokens that a cache holds, an int, 0-d or (B,): positions must then go on from them where rows are
+            unequal. None: they may begin anywhere, and need only rise by one from each token of a sequence to the
+            next.
+
+    Raises:
+        ValueError: They do not. A compiled graph may not look.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if segments is None:
+        wrong = torch.nn.functional.pad(position_ids.diff(dim=1) != 1, (1, 0))
+    else:
+        batch, length = segments.positions.shape
+        offset = (position_ids.expand(batch, length) - segments.positions).flatten()
+        source = torch.cat([group.source for group in segments.groups]).sort().values
+        wrong = torch.zeros(batch * length, dtype=torch.bool, device=source.device)
+        if seen is None:
+            goes_on = segments.positions.flatten()[source[1:]] > 0
+            wrong[source[1:]] = (offset[source].diff() != 0) & goes_on
+        else:
+            row = source // length
+            wrong[source] = offset[source] != torch.as_tensor(seen, device=source.device).expand(batch)[row]
+        wrong = wrong.view(batch, length)
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"position_ids contradict the attention_mask, the cache or the documents: in row {row} the position "
+            f"{int(position_ids[row, column])} in column {column} does not follow that of the token before it in its "
+            f"sequence; leave position_ids out, they are counted from the mask"
+        )
+
+
+def build_segments(mask: Tensor | None, documents: Tensor | Segments | None, *, cached: bool) -> Segments | None:
     """Choose the rows of a batch.
 
     Args:
         mask: True for real tokens (B, L), or None.
-        starts: True where a document begins (B, L), or None when every row is one.
-        cached: Whether a cache follows the rows; then `starts` must be None.
+        documents: True where a document begins (B, L), or None when every row is one; or the segments of a batch
+            without masked tokens.
+        cached: Whether a cache follows the rows; then `documents` must be None.
 
     Returns:
-        None when the batch is dense, so that nothing has to move.
+        None when the batch is dense, so that nothing has to move (a compiled graph cannot tell, and always moves).
     """
-    if mask is not None and bool(mask.all()):
+    if isinstance(documents, Segments):
+        if mask is not None:
+            raise ValueError("a compiled packed batch takes cu_seq_lens_q or an attention_mask, not both")
+        return documents
+    compiling = torch.compiler.is_compiling()
+    if mask is not None and not compiling and bool(mask.all()):
         mask = None
-    if mask is None and starts is None:
+    if mask is None and documents is None:
         return None
-    if cached:
-        assert mask is not None and starts is None  # noqa: S101, PT018 (the caller refused packing with a cache)
+    if cached or (compiling and documents is None):
+        assert mask is not None and documents is None  # noqa: S101, PT018 (the caller refused packing with a cache)
         return segments_from_mask(mask)
-    if starts is None:
+    if documents is None:
         assert mask is not None  # noqa: S101 (narrows the type)
-        starts = torch.zeros_like(mask)
-    starts = starts.clone()
+        documents = torch.zeros_like(mask)
+    starts = documents.clone()
     starts[:, 0] = True
     if mask is None:
         mask = torch.ones_like(starts)
