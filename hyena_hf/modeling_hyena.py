@@ -375,7 +375,7 @@ class HyenaModel(HyenaPreTrainedModel):
         if self.rotary_emb is not None:
             if position_ids is None:
                 position_ids = self._positions(first, segments, length, device)
-            position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
+            position_embeddings = self.rotary_emb(hidden_states, position_ids)
         if self.config.residual_in_fp32:
             hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
 

@@ -50,18 +50,18 @@ class RotaryEmbedding(AtLeastFloat32):
         self.register_buffer("inv_freq", frequencies.to(torch.float32), persistent=False)
 
     @torch.no_grad()
-    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine (B, L, 1, head_dim) for positions (B, L), formed in float32 at least."""
-        exact = torch.promote_types(dtype, torch.float32)
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine (B, L, head_dim) in the dtype of x for positions (B, L), formed in float32 at least."""
+        exact = torch.promote_types(x.dtype, torch.float32)
         angles = position_ids.unsqueeze(-1).to(exact) * self.inv_freq.to(exact)
-        angles = torch.cat([angles, angles], dim=-1).unsqueeze(2)
-        return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
+        angles = torch.cat([angles, angles], dim=-1)
+        return (angles.cos() * self.scaling).to(x.dtype), (angles.sin() * self.scaling).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn heads x (B, L, H, P) by their positions."""
+    """Turn heads x (B, L, H, P) by their positions, given cosine and sine (B, L, P)."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return x * cos.unsqueeze(2) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(2)
 
 
 def eager_attention(
@@ -163,7 +163,7 @@ class HyenaAttention(nn.Module):
             hidden_states: (B, L, D).
             segments: How the batch divides into sequences; None for a dense batch.
             cache_layer: What this layer remembers of earlier calls, or None.
-            position_embeddings: Cosine and sine (B, L, 1, head_dim).
+            position_embeddings: Cosine and sine (B, L, head_dim).
             kwargs: Handed to the attention function.
 
         Returns:
