@@ -150,6 +150,37 @@ def test_packed_documents_with_a_cache_are_refused(description):
         model(IDS, past_key_values=DynamicCache(config=model.config), **description)
 
 
+COUNTED = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1]])}
+POSITIONS = {
+    "columns across a hole": (COUNTED, torch.arange(6)),
+    "a restart inside a sequence": ({"attention_mask": ONES}, torch.tensor([0, 1, 2, 0, 1, 2])),
+    "a restart with a cache": ({"past_key_values": True}, torch.tensor([0, 1, 2, 0, 1, 2])),
+    "a step inside a document": (
+        {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]]), "attention_mask": ONES},
+        torch.tensor([0, 1, 3, 0, 1, 2]),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", POSITIONS)
+def test_positions_that_contradict_the_mask_the_cache_or_the_documents_are_refused(what):
+    model, (kwargs, positions) = model_of("hybrid"), POSITIONS[what]
+    if "past_key_values" in kwargs:
+        kwargs = {"past_key_values": DynamicCache(config=model.config)}
+    with pytest.raises(ValueError, match=r"position_ids contradict.*leave position_ids out"):
+        model(IDS, position_ids=positions.expand(2, -1), **kwargs)
+
+
+def test_positions_of_padded_rows_may_begin_anywhere_but_a_cache_wants_them_counted():
+    model, mask = model_of("hybrid"), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    columns, truth = torch.arange(6).expand(2, -1), model(IDS, attention_mask=mask).logits
+    logits = model(IDS, attention_mask=mask, position_ids=columns).logits
+    torch.testing.assert_close(logits[mask.bool()], truth[mask.bool()], rtol=0, atol=1e-12)  # only differences count
+    past = DynamicCache(config=model.config)
+    with pytest.raises(ValueError, match="row 0 the position 2 in column 2"):
+        model(IDS, attention_mask=mask, position_ids=columns, past_key_values=past)
+
+
 def test_a_mask_that_leaves_the_past_out_is_refused():
     with pytest.raises(ValueError, match="6 cached and 1 new tokens"):
         model_of("order 2")(tokens(2, 1), attention_mask=ONES[:, :1], past_key_values=filled())

@@ -392,6 +392,17 @@ def test_outputs_come_as_a_tuple_on_request():
     assert past.get_seq_length() == 5
 
 
+@pytest.mark.parametrize("name", ["order 2", "hybrid"])
+def test_the_loss_of_a_padded_batch_is_that_of_its_sequences_alone(name):
+    model = model_of(name)
+    ids, mask = tokens(3, 20), torch.ones(3, 20, dtype=torch.long)
+    mask[0, :6], mask[1, [4, 5, 9, 19]], mask[2] = 0, 0, 0
+    loss = model(ids, attention_mask=mask, labels=ids).loss
+    alone = [ids[row, mask[row].bool()][None] for row in range(2)]
+    sums = sum(model(sequence, labels=sequence).loss * (sequence.shape[1] - 1) for sequence in alone)
+    torch.testing.assert_close(loss, sums / sum(sequence.shape[1] - 1 for sequence in alone), rtol=0, atol=1e-6)
+
+
 def test_the_loss_of_an_accumulated_batch_counts_all_its_tokens():
     model, ids = model_of("order 2"), tokens(2, 9)
     whole = model(ids, labels=ids).loss
@@ -426,21 +437,69 @@ def test_a_compiled_forward_and_training_step_is_one_graph_and_exact(name):
     torch.compiler.reset()
 
 
+def packed_batch():
+    """Two rows of packed documents, with ends and widest length as the usual collator gives them."""
+    ends = torch.tensor([0, 7, 29, 40, 41, 80], dtype=torch.int32)
+    return tokens(2, 40), {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 39, "max_length_k": 39}
+
+
+def padded_batch():
+    ids = tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :11], mask[1, 20:25] = 0, 0
+    return ids, {"attention_mask": mask}
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does
+@pytest.mark.parametrize("batch", [packed_batch, padded_batch])
+@pytest.mark.parametrize("name", ["order 3", "heads", "sliding"])
+def test_a_compiled_training_step_on_a_packed_or_padded_batch_is_one_graph_and_exact(name, batch):
+    torch.compiler.reset()
+    ids, kwargs = batch()
+    plain, compiled = (new_model(name, torch.float64) for _ in range(2))
+    step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    losses = []
+    for model, call in ((plain, plain), (compiled, step)):
+        model.train()
+        losses.append(call(ids, labels=ids, use_cache=False, **kwargs).loss)
+        losses[-1].backward()
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+    for (key, one), (_, other) in zip(plain.named_parameters(), compiled.named_parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-12, atol=1e-12, msg=key)
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does
+def test_a_compiled_packed_batch_refuses_ends_that_do_not_fit():
+    torch.compiler.reset()
+    ids, kwargs = packed_batch()
+    step = torch.compile(new_model("order 2"), fullgraph=True, backend="aot_eager")
+    for ends in ([0, 7, 29, 40, 41, 79], [0, 7, 29, 28, 41, 80], [1, 7, 29, 40, 41, 80], [0, 7, 9, 10, 11, 80]):
+        with pytest.raises(RuntimeError, match=r"cu_seq_lens_q must rise from 0 to the number of tokens \(80\)"):
+            step(ids, **kwargs | {"cu_seq_lens_q": torch.tensor(ends, dtype=torch.int32)})
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
 @pytest.mark.parametrize("name", ["order 3", "heads", "hybrid"])
-def test_an_exported_model_takes_any_batch_and_length(name):
-    model = new_model(name, torch.float64)
-    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=250)
+def test_an_exported_model_takes_any_batch_length_and_mask(name, masked):
+    model = new_model(name, torch.float64).requires_grad_(False)
+    dims = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=250)}
+    ids, mask = padded_batch()[0], padded_batch()[1]["attention_mask"]
+    masks = {"attention_mask": mask} if masked else {}
     exported = torch.export.export(
         model,
         (),
-        {"input_ids": tokens(2, 40), "use_cache": False},
-        dynamic_shapes={"input_ids": {0: batch, 1: length}, "use_cache": None},
+        {"input_ids": ids, "use_cache": False, **masks},
+        dynamic_shapes={"input_ids": dims, "use_cache": None, **({"attention_mask": dims} if masked else {})},
     ).module()
     for shape in ((1, 2), (3, 77), (5, 250)):
         ids = tokens(*shape)
-        torch.testing.assert_close(
-            exported(input_ids=ids, use_cache=False).logits, model(ids).logits, rtol=0, atol=1e-12
-        )
+        mask = torch.rand(shape) < 0.7
+        masks = {"attention_mask": mask.long()} if masked else {}
+        got = exported(input_ids=ids, use_cache=False, **masks).logits
+        kept = mask if masked else torch.ones_like(mask)
+        torch.testing.assert_close(got[kept], model(ids, **masks).logits[kept], rtol=0, atol=1e-12)
 
 
 def test_lora_trains_and_merges():
