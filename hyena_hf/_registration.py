@@ -33,7 +33,8 @@ def register() -> None:
     known = configuration_utils.ALLOWED_ATTN_LAYER_TYPES
     if "hyena" not in known:
         configuration_utils.ALLOWED_ATTN_LAYER_TYPES = (*known, "hyena")
-    for table, class_name in _MODELS.items():
+    # `transformers serve` takes other classes from its own package only
+    for table, class_name in {**_MODELS, "MODEL_FOR_MULTIMODAL_LM_MAPPING": "HyenaForCausalLM"}.items():
         getattr(modeling_auto, f"{table}_NAMES")[model_type] = class_name
         mapping = getattr(modeling_auto, table)
         mapping._reverse_config_mapping[HyenaConfig.__name__] = model_type

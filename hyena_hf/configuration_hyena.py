@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 
 from ._peft import enter_peft_defaults
+from .auto_map import write_stub
 
 
 if TYPE_CHECKING:
@@ -218,6 +219,16 @@ class HyenaConfig(PreTrainedConfig):
     def has_attention(self) -> bool:
         """Whether any layer is an attention layer."""
         return any(layer_type != "hyena" for layer_type in self.layer_types)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: files of an installed package are not copied into checkpoints, see `hyena_hf.auto_map`."""
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Write `config.json`, and with an `auto_map` the file that it names."""
+        super().save_pretrained(save_directory, **kwargs)
+        if "auto_map" in vars(self):
+            write_stub(save_directory)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields; PEFT, which reads this, finds its defaults for our models too."""

@@ -33,6 +33,11 @@ SPECIAL_TOKENS = {
     "eos_token": "<|eos|>",
     "mask_token": "<|mask|>",
 }
+# plain text: what somebody types cannot end a turn by spelling a special token
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 NUM_BASE_TOKENS = 256 + len(SPECIAL_TOKENS)
 
 
@@ -43,6 +48,8 @@ class HyenaByteTokenizer(TokenizersBackend):
     cannot end a document, and the round trip holds with `skip_special_tokens=True` too. Special tokens enter a
     sequence by id or by `add_bos_token` and `add_eos_token`. Where the text is trusted and should be parsed (a
     template that spells `<|eos|>`), pass `split_special_tokens=False`, here or to a call.
+
+    The chat template writes every message as a line `role: content`; pass or assign another `chat_template`.
 
     Decoding ids that are no valid UTF-8 (a generation cut inside a character) writes U+FFFD for the broken bytes.
 
@@ -83,7 +90,8 @@ class HyenaByteTokenizer(TokenizersBackend):
         self._tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges))
         self._tokenizer.pre_tokenizer = _pre_tokenizer(split_words=bool(merges))
         self._tokenizer.decoder = decoders.ByteLevel()
-        super().__init__(split_special_tokens=split_special_tokens, **(SPECIAL_TOKENS | kwargs))
+        defaults = SPECIAL_TOKENS | {"chat_template": CHAT_TEMPLATE}
+        super().__init__(split_special_tokens=split_special_tokens, **(defaults | kwargs))
         # tokenizer.json keeps the post-processor; transformers drops the two attributes that say what is in it
         added = self._tokenizer.encode("").ids
         self._add_bos_token = self.bos_token_id in added
@@ -158,6 +166,10 @@ class HyenaByteTokenizer(TokenizersBackend):
             refused = ", ".join([*map(repr, args), *kwargs])
             raise TypeError(f"special tokens are fixed, {refused} cannot be given; see train_bpe")
         return self.train_bpe(text_iterator, vocab_size=vocab_size)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoTokenizer") -> None:
+        """Nothing: files of an installed package are not copied into checkpoints, see `hyena_hf.auto_map`."""
 
     def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
         checked_texts(text, text_pair)

@@ -118,6 +118,10 @@ class HyenaNucleotideTokenizer(TokenizersBackend):
         second = [] if token_ids_1 is None else [0] * len(token_ids_1) + [1]
         return [1] + [0] * len(token_ids_0) + [1] + second
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoTokenizer") -> None:
+        """Nothing: files of an installed package are not copied into checkpoints, see `hyena_hf.auto_map`."""
+
     def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> BatchEncoding:
         split_special_tokens = kwargs.get("split_special_tokens")
         if split_special_tokens is None:

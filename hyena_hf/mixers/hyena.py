@@ -56,6 +56,10 @@ class ShortConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, taps))
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
+    def forward(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in a dtype; a call, so that hooks which fetch offloaded parameters see it."""
+        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+
 
 class HyenaMixer(nn.Module):
     """A Hyena operator of any order, or MultiHyena heads.
@@ -123,8 +127,7 @@ class HyenaMixer(nn.Module):
 
     def projections(self, x: Tensor, counts: Tensor | None, memory: Memory) -> Tensor:
         """Short convolution of the projections, (B, (N + 1) D, n)."""
-        weight, bias = self.short_conv.weight, self.short_conv.bias
-        return memory.push(0, x, counts, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return memory.push(0, x, counts, *self.short_conv(x.dtype))
 
     def gated_convolutions(self, x: Tensor, counts: Tensor | None, memory: Memory) -> Tensor:
         """Order-N recurrence on rows x (B, (N + 1) D, n) -> (B, D, n)."""
