@@ -233,7 +233,7 @@ class HyenaConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """All fields; PEFT, which reads this, finds its defaults for our models too."""
         enter_peft_defaults(self.model_type)
-        return super().to_dict()
+        return self._without_foreign(super().to_dict())
 
     def filter_support(self, layer: int) -> int | None:
         """Taps of the filter of one layer; None where it never ends."""
@@ -242,13 +242,15 @@ class HyenaConfig(PreTrainedConfig):
             return self.max_position_embeddings
         return length
 
-    def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The fields that differ from their defaults: what a config file holds."""
+        return self._without_foreign(super().to_diff_dict())
+
+    def _without_foreign(self, stored: dict[str, Any]) -> dict[str, Any]:
         # Other libraries hang attributes of their own on configs. In the file they would be unknown fields, and the
         # checkpoint could not be loaded again.
-        super()._remove_keys_not_serialized(d)
         known = {field.name for field in fields(self)} | _TRANSFORMERS_KEYS | {"transformers_version"}
-        for key in d.keys() - known:
-            del d[key]
+        return {key: value for key, value in stored.items() if key in known}
 
     # `@strict` runs every `validate_*` method; these two replace transformers' own of the same name, whose list of
     # layer types is closed.

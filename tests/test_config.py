@@ -220,11 +220,13 @@ def test_a_model_refuses_a_config_file_with_an_unknown_field(tmp_path):
 
 
 def test_what_others_hang_on_a_config_does_not_spoil_its_file(tmp_path):
-    config = config_of()
+    config = config_of("hybrid", id2label={0: "a", 1: "b", 2: "c"}, rope_parameters={"rope_theta": 7.0})
+    plain = HyenaConfig(**config.to_dict())
     config.rms_norm_eps = config.note = 1.0  # as transformers' own tests and training libraries do
     config.save_pretrained(tmp_path)
-    assert HyenaConfig.from_pretrained(tmp_path).to_dict() == config_of().to_dict()
-    assert HyenaConfig.from_dict(config.to_dict()).to_dict() == config_of().to_dict()
+    for loaded in (HyenaConfig.from_pretrained(tmp_path), HyenaConfig.from_dict(config.to_dict())):
+        assert loaded.to_dict() == plain.to_dict()
+        assert (loaded.num_labels, loaded.rope_parameters["rope_theta"]) == (3, 7.0)
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
