@@ -24,6 +24,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_hyena import HyenaConfig
 from .modeling_hyena import HyenaForCausalLM, HyenaModel, HyenaPreTrainedModel, check_labels, check_stream
+from .ops.segments import document_starts
 
 
 def _last(hidden_states: Tensor, real: Tensor | None) -> Tensor:
@@ -86,8 +87,17 @@ class _HeadModel(HyenaPreTrainedModel):
     ) -> None:
         """Raise where a row holds several documents, for heads with one answer a row."""
         batch, length, _ = check_stream(input_ids, inputs_embeds, self.config)
-        packing = [kwargs.get(name) for name in ("past_key_values", "seq_idx", "cu_seq_lens_q")]
-        if self.model._documents(batch, length, attention_mask, position_ids, *packing) is not None:
+        told = attention_mask is not None or kwargs.get("past_key_values") is not None or torch.compiler.is_exporting()
+        if told or (position_ids is not None and position_ids.shape not in ((batch, length), (1, length))):
+            position_ids = None  # they begin no document, or the model will refuse them
+        starts = document_starts(
+            batch,
+            length,
+            seq_idx=kwargs.get("seq_idx"),
+            cu_seq_lens=kwargs.get("cu_seq_lens_q"),
+            position_ids=position_ids,
+        )
+        if starts is not None:
             raise ValueError(
                 f"{type(self).__name__} gives one answer a row, but rows hold several documents; give each document "
                 f"a row of its own, padded, with its attention_mask"

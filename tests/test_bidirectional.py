@@ -340,13 +340,15 @@ def test_logits_equal_the_oracle_in_float64(name, length):
 
 
 @every_model
-def test_float32_logits_are_close_to_float64_and_bfloat16_ones_to_float32(name):
+def test_float32_logits_are_close_to_float64_and_bfloat16_costs_no_more_than_twice_the_rounding_of_weights(name):
     ids = tokens(2, 61)
     exact, single = (model_of(name, dtype)(ids).logits for dtype in (torch.float64, torch.float32))
-    half = copy.deepcopy(model_of(name, torch.float32)).to(torch.bfloat16)(ids).logits
-    assert half.dtype == torch.bfloat16
     assert (single - exact).abs().max().item() <= 1e-4 * exact.abs().max().item()
-    assert (half - exact).norm().item() <= 0.05 * exact.norm().item()
+    model = copy.deepcopy(model_of(name, torch.float32)).to(torch.bfloat16)
+    half = model(ids).logits
+    assert half.dtype == torch.bfloat16
+    rounded = model.float()(ids).logits
+    assert (half - exact).norm() <= 2 * (rounded - exact).norm()
 
 
 @every_model
@@ -536,6 +538,7 @@ def test_a_copied_and_a_pickled_model_compute_the_same(name):
         assert torch.equal(twin(ids).logits, model(ids).logits)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does
 @pytest.mark.parametrize("name", ["order 3", "hybrid"])
 def test_a_bidirectional_model_compiles_to_one_graph(name):
     torch.compiler.reset()
