@@ -224,9 +224,9 @@ class HyenaConfig(PreTrainedConfig):
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Nothing: files of an installed package are not copied into checkpoints, see `hyena_hf.auto_map`."""
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write `config.json`, and with an `auto_map` the file that it names."""
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
         if "auto_map" in vars(self):
             write_stub(save_directory)
 
@@ -314,6 +314,9 @@ class HyenaConfig(PreTrainedConfig):
         for name in ("fast_decay", "slow_decay", "norm_eps", "initializer_range"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be above 0")
+        for name in ("sine_frequency", "fast_decay", "slow_decay", "modulation_shift"):
+            if not abs(getattr(self, name)) < float("inf"):
+                raise ValueError(f"{name} ({getattr(self, name)}) must be a finite number")
         if not 0 < self.modulation_target < 1:
             raise ValueError(f"modulation_target ({self.modulation_target}) must lie between 0 and 1")
         for name in ("embed_dropout", "resid_dropout", "hyena_dropout", "attention_dropout"):

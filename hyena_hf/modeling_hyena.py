@@ -217,6 +217,13 @@ class HyenaPreTrainedModel(PreTrainedModel):
                 f"the weights in {pretrained_model_name_or_path} are corrupt or truncated ({error}); copy them again "
                 f"or load an earlier checkpoint"
             ) from error
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds tensors of other shapes than this {cls.__name__} ({error}); "
+                f"check that config.json and the weights come from the same model"
+            ) from error
         model, info = loaded
         if output_loading_info:  # who asks for the lists judges them
             return model, info

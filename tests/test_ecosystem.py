@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, pipeline
 
-from hyena_hf import HyenaByteTokenizer
+from hyena_hf import HyenaByteTokenizer, HyenaConfig
 from hyena_hf.auto_map import write_auto_map
 from tests.models import new_model, tokens
 
@@ -43,6 +43,12 @@ def test_no_part_of_a_filter_is_a_linear_layer_to_others():
     linear = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv1d))}
     assert linear
     assert not [name for name in linear if ".filter" in name or "short_conv" in name]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_sine_frequency_that_is_no_number_is_refused(value):
+    with pytest.raises(ValueError, match="sine_frequency .* must be a finite number"):
+        HyenaConfig(sine_frequency=value)
 
 
 # PEFT
@@ -245,7 +251,7 @@ def test_a_model_whose_weights_are_offloaded_gives_the_same_logits_and_tokens(fo
         "model.layers.1": "disk",
         "model.layers.2": "disk",
     }
-    limit = {"max_memory": {"cpu": 60_000}} if where == "auto" else {}
+    limit = {"max_memory": {"cpu": 100_000}} if where == "auto" else {}
     model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path, **limit)
     ids = tokens(2, 20)
     assert torch.equal(model(ids).logits, whole(ids).logits)
