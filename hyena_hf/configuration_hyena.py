@@ -21,8 +21,8 @@ from .auto_map import write_stub
 
 if TYPE_CHECKING:
     # None until `__post_init__` has filled them in, so never None where they are read
-    from typing import Any as ResolvedDict
     from typing import Any as ResolvedBool
+    from typing import Any as ResolvedDict
     from typing import Any as ResolvedInt
     from typing import Any as ResolvedNames
 else:
@@ -155,8 +155,8 @@ class HyenaConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     order: int = 2
     num_heads: int | None = None
-    layer_types: ResolvedNames = None
     is_causal: bool = True
+    layer_types: ResolvedNames = None
     filter_types: ResolvedNames = None
     filter_length: int | list[int] | None = None
     filter_hidden_size: int = 64
@@ -200,9 +200,9 @@ class HyenaConfig(PreTrainedConfig):
             self.layer_types = ["hyena"] * self.num_hidden_layers
         if self.filter_types is None:
             self.filter_types = ["implicit"] * self.num_hidden_layers
-        if self.num_attention_heads is None:
         if self.use_cache is None:
             self.use_cache = self.is_causal
+        if self.num_attention_heads is None:
             self.num_attention_heads = max(1, self.hidden_size // 64)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -335,6 +335,13 @@ class HyenaConfig(PreTrainedConfig):
                 f"num_heads ({self.num_heads}) below hidden_size ({self.hidden_size}) needs order 2, got order "
                 f"{self.order}; leave num_heads out or set order=2"
             )
+        if self.num_filters < self.hidden_size and not self.is_causal:
+            raise ValueError(
+                f"num_heads ({self.num_heads}) below hidden_size ({self.hidden_size}) needs a causal model; leave "
+                f"num_heads out or set is_causal=True"
+            )
+        if self.use_cache and not self.is_causal:
+            raise ValueError("use_cache is True but is_causal False: later tokens change earlier ones; leave it out")
 
     def _validate_attention(self) -> None:
         heads, groups = self.num_attention_heads, self.num_key_value_heads
@@ -346,13 +353,6 @@ class HyenaConfig(PreTrainedConfig):
             raise ValueError(
                 f"head_dim ({self.head_dim}) must be even for rotary embeddings; set head_dim or num_attention_heads "
                 f"({heads}) so that it is"
-        if self.num_filters < self.hidden_size and not self.is_causal:
-            raise ValueError(
-                f"num_heads ({self.num_heads}) below hidden_size ({self.hidden_size}) needs a causal model; leave "
-                f"num_heads out or set is_causal=True"
-            )
-        if self.use_cache and not self.is_causal:
-            raise ValueError("use_cache is True but is_causal False: later tokens change earlier ones; leave it out")
             )
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types holds 'sliding_attention' but sliding_window is None; set sliding_window")
