@@ -47,7 +47,7 @@ def test_no_part_of_a_filter_is_a_linear_layer_to_others():
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_sine_frequency_that_is_no_number_is_refused(value):
-    with pytest.raises(ValueError, match="sine_frequency .* must be a finite number"):
+    with pytest.raises(ValueError, match=r"sine_frequency .* must be a finite number"):
         HyenaConfig(sine_frequency=value)
 
 
