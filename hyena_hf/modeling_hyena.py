@@ -107,6 +107,10 @@ class HyenaDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states.to(dtype))))
 
 
+class CheckpointShapeError(ValueError, RuntimeError):
+    """A checkpoint holds tensors of other shapes than the model; transformers' word for it is RuntimeError."""
+
+
 class HyenaPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation shared by all Hyena models."""
 
@@ -220,7 +224,7 @@ class HyenaPreTrainedModel(PreTrainedModel):
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
                 raise
-            raise ValueError(
+            raise CheckpointShapeError(
                 f"{pretrained_model_name_or_path} holds tensors of other shapes than this {cls.__name__} ({error}); "
                 f"check that config.json and the weights come from the same model"
             ) from error
