@@ -121,7 +121,8 @@ class HyenaMixer(nn.Module):
             x = rows.transpose(1, 2).to(torch.promote_types(rows.dtype, torch.float32))
             with without_autocast(x.device):
                 y = operator(x, counts, memory)
-            return y.transpose(1, 2).to(rows.dtype)
+            # as gathered rows are: a linear layer rounds twice where its input has another layout
+            return y.transpose(1, 2).to(rows.dtype).contiguous()
 
         return self.out_proj(over_rows(segments, mix, self.in_proj(hidden_states)))
 
