@@ -260,19 +260,22 @@ class History:
         if not keep:
             self.pending = self.pending_counts = None
 
+    @property
+    def waiting(self) -> int | Tensor:
+        """Inputs that are pending: an int, or (B,) per row."""
+        if self.pending is None:
+            return 0
+        return self.pending.shape[-1] if self.pending_counts is None else self.pending_counts
+
     def can_crop(self, removed: int | Tensor) -> bool:
         """Whether that many inputs (an int, or (B,) per row) are still pending."""
-        waiting: int | Tensor = 0
-        if self.pending is not None:
-            waiting = self.pending.shape[-1] if self.pending_counts is None else self.pending_counts
-        return bool(torch.as_tensor(waiting >= removed).all())
+        return bool(torch.as_tensor(self.waiting >= removed).all())
 
     def crop(self, removed: int | Tensor) -> None:
         """Forget the last `removed` pending inputs (an int, or (B,) per row) and commit the others."""
         if self.pending is None:
             return
-        counts = self.pending.shape[-1] if self.pending_counts is None else self.pending_counts
-        left = counts - removed
+        left = self.waiting - removed
         pending, self.pending, self.pending_counts = self.pending, None, None
         if isinstance(left, int):
             if left:
@@ -415,6 +418,7 @@ class HyenaCacheLayer(CacheLayerMixin):
         self.length: int | Tensor = 0  # columns of the stream seen, what generate() counts
         self.tokens: int | Tensor = 0  # real tokens seen: an int, 0-d, or (B,) where rows differ
         self.recorded: list[Tensor | int] = []  # columns since the last crop: widths, or (B, n) masks
+        self.ragged: list[tuple[int, Tensor]] = []  # first column and mask (B, n) of every call with masked tokens
         self.owner: int | None = None
         self.is_initialized = False
 
@@ -443,6 +447,8 @@ class HyenaCacheLayer(CacheLayerMixin):
     def advance(self, columns: int, mask: Tensor | None) -> None:
         """Count a call of `columns` stream columns, of which mask (B, n) were real (None: all). Once a call."""
         real = columns if mask is None else mask.sum(dim=1)
+        if mask is not None and not torch.compiler.is_compiling():
+            self.ragged.append((int(self.length), mask))
         if self.max_cache_len is not None and mask is None:
             self.tokens.add_(columns)  # pyright: ignore (a tensor where static)
         else:
@@ -503,6 +509,8 @@ class HyenaCacheLayer(CacheLayerMixin):
         self.tokens = self.tokens - removed
         self.length = self.length - remove
         self.recorded = []
+        kept = [(start, mask[:, : int(self.length) - start]) for start, mask in self.ragged]
+        self.ragged = [(start, mask) for start, mask in kept if mask.shape[1]]
 
     def _real_among_last(self, columns: int) -> int | Tensor:
         """Real tokens among the last recorded stream columns: an int, or (B,)."""
@@ -521,6 +529,14 @@ class HyenaCacheLayer(CacheLayerMixin):
         if isinstance(self.tokens, Tensor) and self.tokens.ndim:
             self.tokens = function(self.tokens)
         self.recorded = [part if isinstance(part, int) else function(part) for part in self.recorded]
+        self.ragged = [(start, function(mask)) for start, mask in self.ragged]
+
+    def real_columns(self) -> Tensor:
+        """True for the columns of the stream seen so far that held tokens, (B, length)."""
+        real = torch.ones(self.batch_size, int(self.length), dtype=torch.bool, device=self.device)
+        for start, mask in self.ragged:
+            real[:, start : start + mask.shape[1]] = mask
+        return real
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take row beam_idx[b] as row b."""

@@ -148,7 +148,9 @@ class HyenaForMaskedLM(_HeadModel):
             check_labels(labels, logits.shape[:2], self.config.vocab_size, "vocabulary")
             labels = _without_padding(labels, attention_mask)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 class HyenaForSequenceClassification(_HeadModel):
@@ -202,6 +204,7 @@ class HyenaForSequenceClassification(_HeadModel):
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
     def loss(self, logits: Tensor, labels: Tensor, **kwargs) -> Tensor:
@@ -286,7 +289,9 @@ class HyenaForTokenClassification(_HeadModel):
         if labels is not None:
             check_labels(labels, logits.shape[:2], self.num_labels, "num_labels")
             loss = self.loss_function(logits, _without_padding(labels, attention_mask), self.config, **kwargs)
-        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 class HyenaForQuestionAnswering(_HeadModel):
@@ -339,7 +344,11 @@ class HyenaForQuestionAnswering(_HeadModel):
             exact = torch.promote_types(logits.dtype, torch.float32)
             loss = self.loss_function(start_logits.to(exact), end_logits.to(exact), start, end, **kwargs)
         return QuestionAnsweringModelOutput(
-            loss=loss, start_logits=start_logits, end_logits=end_logits, hidden_states=outputs.hidden_states
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
     @staticmethod

@@ -144,6 +144,22 @@ def test_a_dense_batch_needs_no_mask(name, dtype):
 
 
 @every_model
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_bfloat16_logits_depend_on_the_batch_by_less_than_2e_2(name, kind):
+    model, exact = model_of(name, torch.bfloat16), model_of(name, torch.float32)
+    ids, mask = layout(kind)
+    whole = model(ids, attention_mask=mask, use_cache=False).logits
+    pieces = feed(model, ids, mask, FEEDINGS["in chunks"](ids.shape[1]), DynamicCache(config=model.config))
+    for row, sequence in enumerate(sequences()):
+        truth, reference = (m(sequence[None], use_cache=False).logits[0].float() for m in (model, exact))
+        limit = max(2e-2 * scale(truth), (truth - reference).abs().max().item())
+        for got in (whole, pieces):
+            assert (got[row, mask[row].bool()].float() - truth).abs().max().item() <= limit
+        if name in ("order 2", "order 3"):  # no products of rows in bfloat16: not a bit differs
+            assert torch.equal(whole[row, mask[row].bool()].float(), truth)
+
+
+@every_model
 def test_rows_that_are_masked_for_a_while_or_for_ever_are_finite_and_disturb_nobody(name):
     model, dtype = model_of(name), torch.float64
     ids, mask = layout("right, then steps")
@@ -269,6 +285,77 @@ def test_a_batch_of_eight_from_one_token_to_past_the_trained_length_with_any_pad
             own = (truth - reference).abs().max().item()
             limit = 1e-10 * scale(reference) if dtype == torch.float64 else max(1e-5 * scale(reference), own)
             assert (logits[row, mask[row]] - truth).abs().max().item() <= limit, (side, row)
+
+
+# attention weights
+
+
+@cache
+def eager(name):
+    return new_model(name, torch.float64, attn_implementation="eager").requires_grad_(False)
+
+
+def check_weights(name, layers, row, columns, sequence, first=0):
+    """Weights of the queries from `first` on of a row's tokens, which stand in `columns`, and nothing elsewhere."""
+    truth = eager(name)(sequence[None], use_cache=False, output_attentions=True).attentions
+    for got, alone_weights in zip(layers, truth, strict=True):
+        new = columns[columns >= first] - first
+        exact = alone_weights[0][:, -len(new) :]
+        torch.testing.assert_close(got[row][:, new][:, :, columns], exact, rtol=0, atol=1e-12)
+        torch.testing.assert_close(got[row][:, new].sum(-1), exact.sum(-1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("name", ["hybrid", "sliding"])
+def test_attention_weights_stand_in_the_columns_of_the_batch(name, kind):
+    ids, mask = layout(kind)
+    out = eager(name)(ids, attention_mask=mask, use_cache=False, output_attentions=True)
+    assert len(out.attentions) == sum(layer != "hyena" for layer in eager(name).config.layer_types)
+    for row in range(4):
+        columns = mask[row].nonzero().squeeze(1)
+        check_weights(name, out.attentions, row, columns, sequences()[row])
+        assert torch.stack([w[row].sum(-1) for w in out.attentions]).gt(0.5).sum(-1).eq(len(columns)).all()
+
+
+@pytest.mark.parametrize("kind", [None, *LAYOUTS])
+@pytest.mark.parametrize("how", ["dynamic", "static", "recording"])
+@pytest.mark.parametrize("name", ["hybrid", "sliding"])
+def test_attention_weights_of_a_continued_cache_stand_in_the_columns_of_the_stream(name, how, kind):
+    model = eager(name)
+    ids, mask = layout(kind) if kind else (sequences()[0].expand(4, -1), torch.ones(4, 45, dtype=torch.long))
+    capacity = ids.shape[1] + 3
+    past = DynamicCache(config=model.config)
+    if how == "static":
+        past = StaticCache(config=model.config, max_cache_len=capacity)
+    if how == "recording":
+        past.activate_past_recording()
+    done = 0
+    for size in (20, 1, ids.shape[1] - 24, 1, 2):
+        until = done + size
+        kwargs = {"attention_mask": mask[:, :until], "past_key_values": past, "output_attentions": True}
+        layers = model(ids[:, done:until], **kwargs).attentions
+        assert {tuple(w.shape) for w in layers} == {(4, 4, size, capacity if how == "static" else until)}
+        for row in range(4):
+            columns = mask[row, :until].nonzero().squeeze(1)
+            if columns.numel() and columns[-1] >= done:
+                check_weights(name, layers, row, columns, ids[row, columns], done)
+        done = until
+
+
+def test_attention_weights_follow_a_crop_and_a_reordering():
+    model = eager("hybrid")
+    ids, mask = layout("holes")
+    past = DynamicCache(config=model.config)
+    past.activate_past_recording()
+    for until in (20, 30, 40):
+        model(ids[:, past.get_seq_length() : until], attention_mask=mask[:, :until], past_key_values=past)
+        past.crop(-3 if until == 40 else 0)
+    order = torch.tensor([2, 0, 1, 1])
+    past.reorder_cache(order)
+    ids, mask = ids[order], mask[order]
+    out = model(ids[:, 37:], attention_mask=mask, past_key_values=past, output_attentions=True)
+    for row in range(4):
+        check_weights("hybrid", out.attentions, row, mask[row].nonzero().squeeze(1), ids[row, mask[row].bool()], 37)
 
 
 # what generate() and users do to caches

@@ -136,6 +136,17 @@ def test_an_assistant_may_propose_more_tokens_than_a_cache_keeps_by_default(sche
     assert torch.equal(got.sequences, generate(model, one_row=True, use_cache=False, max_new_tokens=150).sequences)
 
 
+def test_an_assistant_may_draft_the_padding_token():
+    model, assistant = model_of("hybrid"), new_model("hybrid", torch.float64, tie_word_embeddings=False)
+    drafted = 40
+    with torch.no_grad():
+        assistant.lm_head.weight[drafted] = 0
+        assistant.lm_head.weight[drafted] += 10 * assistant.model.norm.weight
+    settings = {"one_row": True, "pad_token_id": drafted}
+    got = generate(model, assistant_model=assistant, **settings).sequences
+    assert torch.equal(got, generate(model, use_cache=False, **settings).sequences)
+
+
 def test_a_streamer_gets_every_token_once():
     class Collector(BaseStreamer):
         tokens, ended = [], False
@@ -192,6 +203,18 @@ def test_the_scores_of_a_generation_are_the_logits_of_its_tokens():
     logits = model(out.sequences, attention_mask=longer, use_cache=False).logits[:, 11:-1]
     # generate() hands them out in float32
     torch.testing.assert_close(torch.stack(out.logits, dim=1), logits.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", [{}, {"prompt_lookup_num_tokens": 5}, {"cache_implementation": "static"}], ids=str)
+def test_generation_hands_out_attention_weights(way):
+    model = new_model("hybrid", torch.float64, attn_implementation="eager").requires_grad_(False)
+    out = generate(model, one_row=True, output_attentions=True, disable_compile=True, **way)
+    assert torch.equal(out.sequences, without_cache("hybrid", "greedy").sequences[:1])
+    assert out.attentions[0][0].shape[:3] == (1, 4, 12)
+    assert len(out.attentions) <= NEW
+    for step in out.attentions:
+        (weights,) = step
+        assert weights.sum(-1).sub(1).abs().max().item() < 1e-12
 
 
 def test_generation_goes_past_the_trained_length():

@@ -24,6 +24,7 @@ from hyena_hf.cache import AttentionHistory, HyenaCacheLayer, NoMemory
 from hyena_hf.configuration_hyena import HyenaConfig
 from hyena_hf.filters import AtLeastFloat32
 from hyena_hf.ops import Segments, over_rows
+from hyena_hf.ops.attention_weights import weights_with_past, weights_without_past
 from hyena_hf.ops.segments import filled_cells
 
 
@@ -118,6 +119,14 @@ def _attend_to_row(memory: Memory, x: Tensor, counts: Tensor | None, queries: in
     return attend(x[:, :queries], x[:, queries:], filled)
 
 
+class AttentionWeights(nn.Module):
+    """Passes the weights of a layer on, (B, H, L, S + L): transformers records what goes through."""
+
+    def forward(self, weights: Tensor) -> Tensor:
+        """The weights as they come."""
+        return weights
+
+
 class HyenaAttention(nn.Module):
     """Softmax attention, full or over a sliding window, causal or not.
 
@@ -142,6 +151,7 @@ class HyenaAttention(nn.Module):
         self.k_proj = nn.Linear(width, self.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, self.num_key_value_heads * self.head_dim, bias=bias)
         self.out_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
+        self.weights = AttentionWeights()
 
     def make_histories(self, length: int | None, expected: int | None) -> list[AttentionHistory]:
         """One empty history of keys and values; arguments as in `HyenaMixer.make_histories`."""
@@ -181,16 +191,53 @@ class HyenaAttention(nn.Module):
             q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
         stream = torch.cat([q.flatten(2), k.flatten(2), self.v_proj(hidden_states)], dim=-1)
 
+        lay_out = self.layout(memory, segments, hidden_states, kwargs)
+        parts: list[Tensor] = []
+
         def attend(q: Tensor, kv: Tensor, filled: Tensor | None) -> Tensor:
-            return self.attend(q, kv, filled, **kwargs)
+            y, weights = self.attend(q, kv, filled, **kwargs)
+            if lay_out is not None and weights is not None:
+                parts.append(weights)
+            return y
 
         def mix(rows: Tensor, counts: Tensor | None) -> Tensor:
             x = rows.transpose(1, 2)
             return self.attend_in_rows(memory, x, counts, self.num_heads * self.head_dim, attend).transpose(1, 2)
 
-        return self.out_proj(over_rows(segments, mix, stream))
+        y = over_rows(segments, mix, stream)
+        if lay_out is not None and parts:
+            self.weights(lay_out(parts))
+        return self.out_proj(y)
 
-    def attend(self, q: Tensor, kv: Tensor, filled: Tensor | None, **kwargs) -> Tensor:
+    def layout(
+        self, memory: Memory, segments: Segments | None, hidden_states: Tensor, kwargs: dict
+    ) -> Callable[[list[Tensor]], Tensor] | None:
+        """How the weights of this call become those over the caller's columns; None when nobody asks for them.
+
+        To be called before the call's tokens are pushed.
+        """
+        if not kwargs.get("output_attentions", self.config.output_attentions):
+            return None
+        batch, length = hidden_states.shape[:2]
+        if isinstance(memory, NoMemory):
+            return lambda parts: weights_without_past(parts, segments, batch, length)
+        past, dense = memory.real_columns(), torch.ones(batch, length, dtype=torch.bool, device=hidden_states.device)
+        if segments is not None:
+            dense = torch.zeros_like(dense).flatten()
+            dense[segments.groups[0].source] = True
+        real = torch.cat([past, dense.view(batch, length)], dim=1)
+        committed = past.sum(1) - memory.histories[0].waiting
+        width = real.shape[1] if memory.max_cache_len is None else memory.max_cache_len
+        equal_rows = segments is None and not memory.ragged
+
+        def lay_out(parts: list[Tensor]) -> Tensor:
+            if equal_rows and parts[0].shape[-2:] == (length, width):
+                return parts[0]
+            return weights_with_past(parts[0], real, length, committed, width)
+
+        return lay_out
+
+    def attend(self, q: Tensor, kv: Tensor, filled: Tensor | None, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Attention of the last n columns to all.
 
         Args:
@@ -200,7 +247,7 @@ class HyenaAttention(nn.Module):
             kwargs: Handed to the attention function.
 
         Returns:
-            (B, H P, n).
+            (B, H P, n), and the weights (B, H, n, T + n) where the implementation gives them.
         """
         batch, new, total = q.shape[0], q.shape[-1], kv.shape[-1]
         query, key, value = (
@@ -208,7 +255,7 @@ class HyenaAttention(nn.Module):
         )
         implementation = self.config._attn_implementation or "eager"
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-        output, _ = attention(
+        output, weights = attention(
             self,
             query,
             key,
@@ -219,7 +266,7 @@ class HyenaAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return output.reshape(batch, new, -1).mT
+        return output.reshape(batch, new, -1).mT, weights
 
     def mask(self, batch: int, new: int, total: int, filled: Tensor | None, like: Tensor) -> Tensor | None:
         """The mask in the form that the attention implementation reads."""
@@ -240,4 +287,4 @@ class HyenaAttention(nn.Module):
         )
 
 
-__all__ = ["HyenaAttention", "RotaryEmbedding"]
+__all__ = ["AttentionWeights", "HyenaAttention", "RotaryEmbedding"]
