@@ -15,7 +15,7 @@ from transformers import (
     StaticCache,
 )
 
-from tests.models import model_of, new_model, tokens
+from tests.models import config_of, model_of, new_model, tokens
 
 
 def embeds(*shape):
@@ -362,3 +362,10 @@ def test_whoever_asks_for_the_loading_info_gets_it_instead_of_the_error(broken):
     edit_tensors(broken, lambda tensors: tensors.pop("model.norm.weight"))
     _, info = AutoModelForCausalLM.from_pretrained(broken, output_loading_info=True)
     assert set(info["missing_keys"]) == {"model.norm.weight"}
+
+
+def test_a_rotary_type_that_was_set_behind_the_config_is_refused():
+    config = config_of("hybrid")
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(ValueError, match="rope_type 'dynamic'; choose one of"):
+        AutoModelForCausalLM.from_config(config)

@@ -7,6 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from benchmarks import report
+from benchmarks.bench_batching import page as batching_page
 from benchmarks.bench_import import cpu_seconds, loaded_modules
 from benchmarks.bench_recall import MODELS, Settings, learning_curves, page, rate_factor, trained
 
@@ -52,6 +53,15 @@ def test_a_changed_tree_is_marked_but_new_results_do_not_count(tmp_path, monkeyp
     assert "uncommitted" not in report.commit()
     (tmp_path / "code.py").write_text("2")
     assert report.commit().endswith("with uncommitted changes")
+
+
+def test_the_batching_page_has_every_case_and_shows_what_float64_sums_buy():
+    lines = batching_page(1, smoke=True)
+    for name in ("no mask again (control)", "mask of ones", "packed", "float32 sums"):
+        assert sum(line.startswith(f"| {name} |") for line in lines) == 1
+    cells = {tuple(line.split(" | ")[:2]): line.split(" | ") for line in lines if line.startswith("| high")}
+    prefix = {key: float(row[3]) for key, row in cells.items()}
+    assert prefix["| highest", "Hyena order 3"] < 1e-6 < prefix["| high", "Hyena order 3"]
 
 
 def test_outside_a_checkout_the_commit_is_unknown(tmp_path, monkeypatch):
