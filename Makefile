@@ -12,7 +12,8 @@ PY_MIN := .venv-min/bin/python
 ENV := .venv/.installed
 ENV_MIN := .venv-min/.installed
 
-MIN_TESTS := $(wildcard tests/test_config*.py tests/test_model*.py tests/test_cache*.py tests/test_generat*.py)
+MIN_TESTS := $(wildcard tests/test_config*.py tests/test_model*.py tests/test_cache*.py tests/test_generat*.py \
+	tests/test_bad_input.py tests/test_bidirectional.py tests/test_heads.py tests/test_ecosystem.py)
 BENCHES := $(sort $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/bench_*.py)))
 
 .DEFAULT_GOAL := help
