@@ -283,6 +283,15 @@ class History:
         else:
             self.commit(pending, left)
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether committed inputs can be taken back."""
+        return False
+
+    def rewind(self, removed: int | Tensor) -> None:
+        """Take back the last committed inputs (an int, or (B,) per row)."""
+        raise NotImplementedError
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that has a batch dimension, by attribute name."""
         named = {name: getattr(self, name) for name in ("buffer", "lead", "pending", "pending_counts")}
@@ -362,6 +371,21 @@ class HeadHistory(History):
 class AttentionHistory(History):
     """Keys and values of an attention layer, all of them or those of a sliding window."""
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether committed inputs can be taken back: those of full attention are all there, as they came."""
+        return self.limit is None and self.pending is None
+
+    def rewind(self, removed: int | Tensor) -> None:
+        """Take back the last committed inputs (an int, or (B,) per row)."""
+        if self.buffer is None:
+            return
+        if isinstance(removed, int):
+            self.used -= removed
+            return
+        self.buffer = _shift_right(self.buffer[..., : self.used], removed)
+        self.lead = removed + (0 if self.lead is None else self.lead)
+
     def respond(self, w: Tensor, attend: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
         """attend(w, kv, filled): queries of w, keys and values (B, C - queries, T + n), columns that hold any."""
         kv = torch.cat([self.past(w), w[:, self.queries :]], dim=-1)
@@ -418,8 +442,10 @@ class HyenaCacheLayer(CacheLayerMixin):
         self.length: int | Tensor = 0  # columns of the stream seen, what generate() counts
         self.tokens: int | Tensor = 0  # real tokens seen: an int, 0-d, or (B,) where rows differ
         self.recorded: list[Tensor | int] = []  # columns since the last crop: widths, or (B, n) masks
-        self.ragged: list[tuple[int, Tensor]] = []  # first column and mask (B, n) of every call with masked tokens
+        # first column and mask (B, n) of every call with masked tokens; attention layers only
+        self.ragged: list[tuple[int, Tensor]] = []
         self.owner: int | None = None
+        self.dtype: torch.dtype | None = None  # of the weights that filled it
         self.is_initialized = False
 
     def attach(
@@ -447,7 +473,8 @@ class HyenaCacheLayer(CacheLayerMixin):
     def advance(self, columns: int, mask: Tensor | None) -> None:
         """Count a call of `columns` stream columns, of which mask (B, n) were real (None: all). Once a call."""
         real = columns if mask is None else mask.sum(dim=1)
-        if mask is not None and not torch.compiler.is_compiling():
+        attends = any(isinstance(history, AttentionHistory) for history in self.histories)
+        if mask is not None and attends and not torch.compiler.is_compiling():
             self.ragged.append((int(self.length), mask))
         if self.max_cache_len is not None and mask is None:
             self.tokens.add_(columns)  # pyright: ignore (a tensor where static)
@@ -492,10 +519,15 @@ class HyenaCacheLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last -tokens_to_remove columns of the stream and commit the rest of the pending ones."""
+        if tokens_to_remove != int(tokens_to_remove):
+            raise ValueError(f"crop takes a whole number of tokens to remove, got {tokens_to_remove}")
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 hands over a 0-d tensor
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
         remove = -tokens_to_remove
+        if not self.record_past and all(history.keeps_all for history in self.histories):
+            self._rewind(remove)
+            return
         recorded = sum(part if isinstance(part, int) else part.shape[1] for part in self.recorded)
         removed = self._real_among_last(remove)
         if remove > recorded or not all(history.can_crop(removed) for history in self.histories):
@@ -509,8 +541,24 @@ class HyenaCacheLayer(CacheLayerMixin):
         self.tokens = self.tokens - removed
         self.length = self.length - remove
         self.recorded = []
-        kept = [(start, mask[:, : int(self.length) - start]) for start, mask in self.ragged]
-        self.ragged = [(start, mask) for start, mask in kept if mask.shape[1]]
+        self._forget_masks()
+
+    def _rewind(self, remove: int) -> None:
+        """Take back committed columns: transformers asks attention layers for it without announcing it."""
+        if remove > int(self.length):
+            raise ValueError(f"crop(-{remove}) reaches beyond the {int(self.length)} columns that the cache holds")
+        removed: int | Tensor = remove
+        if self.ragged:
+            removed = self.real_columns()[:, int(self.length) - remove :].sum(dim=1)
+        for history in self.histories:
+            history.rewind(removed)
+        self.tokens = self.tokens - removed
+        self.length = self.length - remove
+        self._forget_masks()
+
+    def _forget_masks(self) -> None:
+        end = int(self.length)
+        self.ragged = [(start, mask[:, : end - start]) for start, mask in self.ragged if start < end]
 
     def _real_among_last(self, columns: int) -> int | Tensor:
         """Real tokens among the last recorded stream columns: an int, or (B,)."""
@@ -541,6 +589,8 @@ class HyenaCacheLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take row beam_idx[b] as row b."""
         self.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        if self.is_initialized:
+            self.batch_size = beam_idx.shape[0]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
@@ -578,7 +628,9 @@ STATIC_LAYER_TYPE_MAPPING["hyena"] = HyenaCacheLayer
 _REPLACEABLE = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
-def adopt_cache(cache: Cache, config: HyenaConfig, batch: int, owner: int) -> list[HyenaCacheLayer]:
+def adopt_cache(
+    cache: Cache, config: HyenaConfig, batch: int, owner: int, dtype: torch.dtype, capacity: int | None = None
+) -> list[HyenaCacheLayer]:
     """Make a transformers cache fit for a Hyena model, in place, or refuse it.
 
     transformers gives attention layers its own cache layers, which keep columns of the stream: with unequal rows a
@@ -589,12 +641,14 @@ def adopt_cache(cache: Cache, config: HyenaConfig, batch: int, owner: int) -> li
         config: Config of the model.
         batch: Rows of the batch.
         owner: Identity of the model.
+        dtype: Dtype of the model's weights.
+        capacity: Tokens that a new static cache must hold, where its sliding layers do not tell.
 
     Returns:
         The layers of the cache.
 
     Raises:
-        ValueError: The cache belongs to another model or batch size, or cannot serve this model.
+        ValueError: The cache belongs to another model, dtype or batch size, or cannot serve this model.
     """
     if not isinstance(cache, Cache):
         raise TypeError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}; use DynamicCache")
@@ -607,13 +661,18 @@ def adopt_cache(cache: Cache, config: HyenaConfig, batch: int, owner: int) -> li
             f"another model: build one with DynamicCache(config=model.config)"
         )
     if not all(isinstance(layer, HyenaCacheLayer) for layer in cache.layers):
-        _replace_layers(cache)
+        _replace_layers(cache, capacity)
     layers = cast("list[HyenaCacheLayer]", cache.layers)
     for layer in layers:
         if not layer.is_initialized:
             continue
         if layer.owner != owner:
             raise ValueError("the cache was filled by another model; start with an empty one for each model")
+        if layer.dtype != dtype:
+            raise ValueError(
+                f"the cache was filled in {layer.dtype}, but the model's weights are {dtype}; start with an empty "
+                f"cache after changing the model's dtype"
+            )
         if layer.batch_size != batch:
             raise ValueError(
                 f"the cache holds {layer.batch_size} sequences but the batch has {batch}; use "
@@ -622,9 +681,9 @@ def adopt_cache(cache: Cache, config: HyenaConfig, batch: int, owner: int) -> li
     return layers
 
 
-def _replace_layers(cache: Cache) -> None:
+def _replace_layers(cache: Cache, capacity: int | None) -> None:
     """Put our layers in the place of transformers' empty attention layers."""
-    capacity = max(layer.get_max_length() for layer in cache.layers)
+    capacity = capacity or max(layer.get_max_length() for layer in cache.layers)
     # what `Cache.is_recording_past` says, which transformers 5.17 lacks
     recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
     for index, layer in enumerate(cache.layers):

@@ -314,7 +314,8 @@ class HyenaConfig(PreTrainedConfig):
         for name in ("fast_decay", "slow_decay", "norm_eps", "initializer_range"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be above 0")
-        for name in ("sine_frequency", "fast_decay", "slow_decay", "modulation_shift"):
+        finite = ("sine_frequency", "fast_decay", "slow_decay", "modulation_shift", "norm_eps", "initializer_range")
+        for name in finite:
             if not abs(getattr(self, name)) < float("inf"):
                 raise ValueError(f"{name} ({getattr(self, name)}) must be a finite number")
         if not 0 < self.modulation_target < 1:
@@ -357,6 +358,8 @@ class HyenaConfig(PreTrainedConfig):
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types holds 'sliding_attention' but sliding_window is None; set sliding_window")
         rope_type = self.rope_parameters["rope_type"]
+        if not 0 < self.rope_parameters["rope_theta"] < float("inf"):
+            raise ValueError(f"rope_theta ({self.rope_parameters['rope_theta']}) must be a finite number above 0")
         if rope_type not in ROPE_TYPES:
             raise ValueError(
                 f"rope_parameters has rope_type {rope_type!r}; choose one of {ROPE_TYPES} ('dynamic' and 'longrope' "

@@ -33,7 +33,7 @@ def _last(hidden_states: Tensor, real: Tensor | None) -> Tensor:
         return hidden_states[:, -1]
     columns = torch.arange(1, real.shape[1] + 1, device=real.device)
     last = (real * columns).argmax(dim=1)
-    return torch.take_along_dim(hidden_states, last[:, None, None], dim=1).squeeze(1)
+    return hidden_states.gather(1, last[:, None, None].expand(-1, 1, hidden_states.shape[-1])).squeeze(1)
 
 
 def _mean(hidden_states: Tensor, real: Tensor | None) -> Tensor:

@@ -34,7 +34,7 @@ from .mixers import HyenaAttention, HyenaMixer, RotaryEmbedding
 from .mixers.attention import AttentionWeights, rotary_frequencies
 from .mixers.hyena import ShortConv
 from .ops import Segments
-from .ops.segments import build_segments, check_positions, document_starts, segments_from_ends
+from .ops.segments import build_segments, check_positions, document_starts, number_documents, segments_from_ends
 
 
 class HyenaRMSNorm(nn.Module):
@@ -138,6 +138,12 @@ class HyenaPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": HyenaDecoderLayer, "attentions": AttentionWeights}  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["mixer.filter"]  # noqa: RUF012
+
+    def __init__(self, config: HyenaConfig, *args, **kwargs) -> None:
+        if not isinstance(config, HyenaConfig):
+            raise TypeError(f"a {type(self).__name__} takes a HyenaConfig, got {type(config).__name__}")
+        config.validate()  # fields may have been set one by one since it was made
+        super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -264,7 +270,8 @@ def check_stream(
         given = "neither" if input_ids is None else "both"
         raise ValueError(f"pass input_ids or inputs_embeds, exactly one of them; got {given}")
     stream = input_ids if input_ids is not None else inputs_embeds
-    assert stream is not None  # noqa: S101 (narrows the type)
+    if not isinstance(stream, Tensor):
+        raise TypeError(f"input_ids and inputs_embeds are tensors, got {type(stream).__name__}; use torch.tensor")
     expected = 2 if input_ids is not None else 3
     if stream.ndim != expected or (expected == 3 and stream.shape[-1] != config.hidden_size):
         shape = "(batch, length)" if input_ids is not None else f"(batch, length, {config.hidden_size})"
@@ -272,8 +279,8 @@ def check_stream(
     batch, length = stream.shape[:2]
     if batch == 0 or length == 0:
         raise ValueError(f"empty input: batch {batch}, length {length}; both must be at least 1")
-    if input_ids is not None and input_ids.is_floating_point():
-        raise TypeError(f"input_ids must be integers, got {input_ids.dtype}")
+    if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids must be integers (int64 or int32), got {input_ids.dtype}")
     # on accelerators the check would wait for the device at every step
     if input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (int(x) for x in input_ids.aminmax())
@@ -284,6 +291,8 @@ def check_stream(
 
 def check_labels(labels: Tensor, shape: tuple[int, ...] | None, count: int, what: str) -> None:
     """Refuse labels of another shape (None: any), and any but -100 outside `count` classes, which `what` names."""
+    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"labels must be whole numbers, got {labels.dtype}; convert them with .long()")
     if torch.compiler.is_compiling():
         return
     if shape is not None and labels.shape != shape:
@@ -313,8 +322,15 @@ def _real_tokens(attention_mask: Tensor | None, batch: int, length: int, past: i
             f"attention_mask has shape {tuple(attention_mask.shape)}, but the batch has {batch} rows of {int(past)} "
             f"cached and {length} new tokens; its shape must be {(batch, int(past) + length)}"
         )
-    mask = attention_mask[:, -length:].bool()
-    return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
+    mask = attention_mask[:, -length:] == 1
+    if torch.compiler.is_compiling():
+        return mask
+    if not bool((mask | (attention_mask[:, -length:] == 0)).all()):
+        raise ValueError(
+            "attention_mask must hold 1 (or True) for real tokens and 0 (or False) for masked ones; an additive mask, "
+            "of 0 and -inf, means the opposite"
+        )
+    return None if bool(mask.all()) else mask
 
 
 class HyenaModel(HyenaPreTrainedModel):
@@ -372,22 +388,22 @@ class HyenaModel(HyenaPreTrainedModel):
         """
         batch, length, device = check_stream(input_ids, inputs_embeds, self.config)
         self._check_cache(use_cache, past_key_values)
-        if position_ids is not None and position_ids.shape not in ((batch, length), (1, length)):
-            raise ValueError(f"position_ids must have shape {(batch, length)}, got {tuple(position_ids.shape)}")
-        told = attention_mask is not None or past_key_values is not None
         documents = self._documents(
-            batch, length, None if told else position_ids, seq_idx, cu_seq_lens_q, kwargs.get("max_length_q")
+            batch, length, attention_mask, position_ids, past_key_values, seq_idx, cu_seq_lens_q, kwargs
         )
         cache = past_key_values
-        if cache is None and use_cache and documents is None:
-            cache = DynamicCache(config=self.config)
         cache_layers = self._cache_layers(cache, batch, packed=documents is not None)
         first = None if cache_layers is None else cache_layers[0]
-        past = 0 if first is None else first.length
-        mask = _real_tokens(attention_mask, batch, length, past)
-        segments = build_segments(mask, documents, cached=cache_layers is not None)
-        if position_ids is not None and (told or segments is not None):
-            check_positions(position_ids, segments, None if past_key_values is None or first is None else first.tokens)
+        mask = _real_tokens(attention_mask, batch, length, 0 if first is None else first.length)
+        makes_cache = cache is None and bool(use_cache) and documents is None
+        segments = build_segments(mask, documents, cached=cache is not None or makes_cache)
+        seen = None if first is None else first.tokens
+        if position_ids is not None and not check_positions(position_ids, batch, length, segments, seen):
+            makes_cache = False  # it could not go on from positions that it did not count
+        if makes_cache:
+            cache = DynamicCache(config=self.config)
+            cache_layers = self._cache_layers(cache, batch, packed=False)
+            first = None if cache_layers is None else cache_layers[0]
         self._check_length(first, length if segments is None else segments.max_length, length)
 
         if inputs_embeds is None:
@@ -411,7 +427,7 @@ class HyenaModel(HyenaPreTrainedModel):
                 **kwargs,
             )
         for cache_layer in cache_layers or ():
-            cache_layer.owner = id(self)
+            cache_layer.owner, cache_layer.dtype = id(self), self.embed_tokens.weight.dtype
             cache_layer.advance(length, mask)
         hidden_states = self.norm(hidden_states.to(self.embed_tokens.weight.dtype))
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=cache)
@@ -420,22 +436,26 @@ class HyenaModel(HyenaPreTrainedModel):
         self,
         batch: int,
         length: int,
+        attention_mask: Tensor | None,
         position_ids: Tensor | None,
+        past_key_values: Cache | None,
         seq_idx: Tensor | None,
         cu_seq_lens_q: Tensor | None,
-        max_length_q: int | None,
+        kwargs: dict,
     ) -> Tensor | Segments | None:
         """Starts of packed documents, or their segments where no tensor may be read, or None."""
-        if torch.compiler.is_compiling() and cu_seq_lens_q is not None and isinstance(max_length_q, int):
+        widest = kwargs.get("max_length_q")
+        if torch.compiler.is_compiling() and cu_seq_lens_q is not None and isinstance(widest, int):
             if seq_idx is not None:
                 raise ValueError("seq_idx and cu_seq_lens_q both describe the documents; a compiled graph takes one")
-            return segments_from_ends(cu_seq_lens_q, max_length_q, batch, length)
+            return segments_from_ends(cu_seq_lens_q, widest, batch, length)
+        told = attention_mask is not None or past_key_values is not None or torch.compiler.is_exporting()
         return document_starts(
             batch,
             length,
             seq_idx=seq_idx,
             cu_seq_lens=cu_seq_lens_q,
-            position_ids=None if torch.compiler.is_exporting() else position_ids,
+            position_ids=None if told else position_ids,
         )
 
     def _check_cache(self, use_cache: bool | None, past_key_values: Cache | None) -> None:
@@ -454,11 +474,11 @@ class HyenaModel(HyenaPreTrainedModel):
                 "packed documents cannot share a cache with what follows them; leave past_key_values out, or give "
                 "each document its own row"
             )
-        if self.gradient_checkpointing and self.training:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             raise ValueError(
                 "gradient checkpointing runs blocks twice, which a cache cannot follow; pass use_cache=False"
             )
-        return adopt_cache(cache, self.config, batch, id(self))
+        return adopt_cache(cache, self.config, batch, id(self), self.embed_tokens.weight.dtype)
 
     def _check_length(self, first: HyenaCacheLayer | None, new: int, columns: int) -> None:
         """Refuse sequences beyond the trained length where the config says so, and beyond a static cache."""
@@ -496,14 +516,28 @@ class HyenaModel(HyenaPreTrainedModel):
         return positions + (seen.unsqueeze(-1) if isinstance(seen, Tensor) and seen.ndim else seen)
 
 
-def labels_of_next_token(labels: Tensor, real: Tensor) -> Tensor:
-    """The label of the next real token at every real token, -100 elsewhere: (B, L), from labels and real (B, L)."""
+def labels_of_next_token(labels: Tensor, real: Tensor | None, document: Tensor | None) -> Tensor:
+    """The label of the next real token of the same document at every real token, -100 elsewhere.
+
+    Args:
+        labels: (B, L).
+        real: True for real tokens (B, L); None: all.
+        document: Number of each token's document (B, L); None: a row is one.
+
+    Returns:
+        (B, L).
+    """
     length = labels.shape[1]
-    at = torch.where(real, torch.arange(length, device=labels.device), length)
+    at = torch.arange(length, device=labels.device).expand_as(labels)
+    if real is not None:
+        at = at.masked_fill(~real, length)
     # the first real column from each column on, then of the columns behind it
     first = torch.nn.functional.pad(at.flip(1).cummin(dim=1).values.flip(1)[:, 1:], (0, 1), value=length)
     following = torch.nn.functional.pad(labels, (0, 1), value=-100).gather(1, first)
-    return following.masked_fill(~real, -100)
+    if document is not None:
+        same = torch.nn.functional.pad(document, (0, 1), value=-1).gather(1, first) == document
+        following = following.masked_fill(~same, -100)
+    return following if real is None else following.masked_fill(~real, -100)
 
 
 class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
@@ -542,17 +576,14 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
 
         Args:
             labels: Token ids (B, L), -100 where no loss is wanted; shifted inside, so pass the input ids. Masked
-                tokens neither predict nor count: the loss is that of the sequences without them.
+                tokens neither predict nor count, and no document predicts the next: the loss is that of the sequences
+                alone.
             logits_to_keep: Compute logits for the last so many positions only (0: all), or at given positions.
 
         Returns:
             `logits` (B, L, V), `loss` when labels are given, `past_key_values`.
         """
-        if labels is not None:
-            stream = input_ids if inputs_embeds is None else inputs_embeds
-            whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
-            shape = stream.shape[:2] if whole and stream is not None else None
-            check_labels(labels, shape, self.config.vocab_size, "vocabulary")
+        labels = self._checked_labels(labels, input_ids if inputs_embeds is None else inputs_embeds, logits_to_keep)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -575,8 +606,13 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
 
         loss = None
         if labels is not None:
-            if attention_mask is not None and labels.shape == logits.shape[:2] and "shift_labels" not in kwargs:
-                kwargs["shift_labels"] = labels_of_next_token(labels, attention_mask[:, -labels.shape[1] :].bool())
+            if "shift_labels" not in kwargs and labels.shape == logits.shape[:2]:
+                real = None if attention_mask is None else attention_mask[:, -labels.shape[1] :].bool()
+                told = attention_mask is not None or past_key_values is not None
+                seq_idx, ends = kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q")
+                batch, length = labels.shape
+                document = number_documents(batch, length, seq_idx, ends, None if told else position_ids)
+                kwargs["shift_labels"] = labels_of_next_token(labels, real, document)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -585,6 +621,20 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _checked_labels(
+        self, labels: Tensor | None, stream: Tensor | None, logits_to_keep: int | Tensor
+    ) -> Tensor | None:
+        """The labels as int64, after refusing what is none; before the model runs, so that a cache stays as it was."""
+        if not isinstance(logits_to_keep, Tensor) and (not isinstance(logits_to_keep, int) or logits_to_keep < 0):
+            raise ValueError(f"logits_to_keep must be a number of positions, 0 for all, got {logits_to_keep!r}")
+        if labels is None:
+            return None
+        if isinstance(logits_to_keep, int) and logits_to_keep:
+            raise ValueError("labels need the logits of all positions; leave logits_to_keep out")
+        shape = stream.shape[:2] if isinstance(stream, Tensor) and isinstance(logits_to_keep, int) else None
+        check_labels(labels, shape, self.config.vocab_size, "vocabulary")
+        return labels.long()
 
     # generation
 
@@ -616,7 +666,7 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
         if cache is not given:
             rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
             lookup = generation_config.prompt_lookup_num_tokens or 0
-            for layer in adopt_cache(cache, self.config, rows, id(self.model)):
+            for layer in adopt_cache(cache, self.config, rows, id(self.model), self.model.dtype, max_cache_length):
                 if layer.max_cache_len is None:
                     layer.expected_length = max_cache_length + 1 + lookup
         for layer in cache.layers:

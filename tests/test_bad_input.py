@@ -15,6 +15,7 @@ from transformers import (
     StaticCache,
 )
 
+from hyena_hf import HyenaModel
 from tests.models import config_of, model_of, new_model, tokens
 
 
@@ -38,7 +39,7 @@ CALLS = {
         r"\(batch, length, 32\), got \(2, 32\)",
     ),
     "embeddings of another width": ({"inputs_embeds": embeds(2, 6)[..., :31]}, ValueError, r"\(batch, length, 32\)"),
-    "ids that are fractions": ({"input_ids": IDS / 2}, TypeError, "integers, got torch.float32"),
+    "ids that are fractions": ({"input_ids": IDS / 2}, TypeError, r"integers \(int64 or int32\), got torch.float32"),
     "an id above the vocabulary": ({"input_ids": IDS + 97}, ValueError, "outside the vocabulary of 97"),
     "a negative id": ({"input_ids": IDS - 97}, ValueError, "outside the vocabulary of 97"),
     "a mask of another length": ({"input_ids": IDS, "attention_mask": ONES[:, :5]}, ValueError, r"\(2, 5\).*\(2, 6\)"),
@@ -66,6 +67,32 @@ CALLS = {
         {"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 5, 13])},
         ValueError,
         r"from 0 to the number of tokens \(12\)",
+    ),
+    "ids in eight bits": ({"input_ids": IDS.to(torch.int8)}, TypeError, "got torch.int8"),
+    "ids in a list": ({"input_ids": IDS.tolist()}, TypeError, "tensors, got list"),
+    "an additive mask": (
+        {"input_ids": IDS, "attention_mask": torch.zeros(2, 6).fill_(-1e9)},
+        ValueError,
+        "1 .or True. for real",
+    ),
+    "a mask of halves": ({"input_ids": IDS, "attention_mask": ONES / 2}, ValueError, "1 .or True. for real"),
+    "labels that are fractions": ({"input_ids": IDS, "labels": IDS / 2}, TypeError, "labels must be whole numbers"),
+    "labels for some of the positions": (
+        {"input_ids": IDS, "labels": IDS, "logits_to_keep": 3},
+        ValueError,
+        "leave logits_to_keep out",
+    ),
+    "fewer than no logits": ({"input_ids": IDS, "logits_to_keep": -3}, ValueError, "got -3"),
+    "positions that are fractions": (
+        {"input_ids": IDS, "position_ids": torch.arange(6).expand(2, -1) / 2},
+        TypeError,
+        "position_ids must be a tensor of whole numbers",
+    ),
+    "seq_idx that says yes or no": ({"input_ids": IDS, "seq_idx": ONES.bool()}, TypeError, "seq_idx must be a tensor"),
+    "ends that are fractions": (
+        {"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 5.5, 12])},
+        TypeError,
+        "cu_seq_lens_q must be a tensor of whole numbers",
     ),
     "a tuple as a cache": ({"input_ids": IDS, "past_key_values": ((), ())}, TypeError, "tuple; use DynamicCache"),
 }
@@ -179,6 +206,49 @@ def test_positions_of_padded_rows_may_begin_anywhere_but_a_cache_wants_them_coun
     past = DynamicCache(config=model.config)
     with pytest.raises(ValueError, match="row 0 the position 2 in column 2"):
         model(IDS, attention_mask=mask, position_ids=columns, past_key_values=past)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_positions_that_do_not_go_on_from_the_cache_are_refused(masked):
+    model, past = model_of("hybrid"), DynamicCache(config=model_of("hybrid").config)
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[1, :2] = 0 if masked else 1
+    truth = model(torch.cat([IDS, IDS[:, :2]], dim=1), attention_mask=mask, use_cache=False).logits[:, 6:]
+    model(IDS, attention_mask=mask[:, :6], past_key_values=past)
+    wrong = torch.tensor([[6, 7], [6, 7]] if masked else [[0, 1], [0, 1]])
+    with pytest.raises(ValueError, match="position_ids contradict"):
+        model(IDS[:, :2], attention_mask=mask, position_ids=wrong, past_key_values=past)
+    right = mask.cumsum(1)[:, 6:] - 1
+    got = model(IDS[:, :2], attention_mask=mask, position_ids=right, past_key_values=past).logits
+    torch.testing.assert_close(got, truth, rtol=0, atol=1e-12)
+
+
+def test_positions_that_begin_elsewhere_make_no_cache():
+    model = model_of("hybrid")
+    assert model(IDS, position_ids=torch.arange(6)[None]).past_key_values is not None
+    assert model(IDS, position_ids=torch.arange(10, 16)[None]).past_key_values is None
+
+
+def test_a_model_that_changed_its_dtype_leaves_a_cache_of_the_old_one_as_it_was():
+    model = new_model("hybrid")
+    past = model(IDS).past_key_values
+    model.bfloat16()
+    with pytest.raises(ValueError, match=r"filled in torch.float32.*torch.bfloat16.*empty"):
+        model(IDS[:, :1], past_key_values=past)
+    assert past.get_seq_length() == 6
+    assert {history.used for history in past.layers[0].histories[1:]} == {6}
+
+
+def test_a_config_that_was_changed_into_an_impossible_one_is_refused_by_the_model(tmp_path):
+    new_model("order 2").save_pretrained(tmp_path)
+    for changes, message in (
+        ({"num_hidden_layers": 4}, "entries for num_hidden_layers"),
+        ({"order": 0}, "at least 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            HyenaModel.from_pretrained(tmp_path, **changes)
+    with pytest.raises(TypeError, match="takes a HyenaConfig, got GPT2Config"):
+        HyenaModel(GPT2Config())
 
 
 def test_a_mask_that_leaves_the_past_out_is_refused():

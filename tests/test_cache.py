@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from hyena_hf.cache import HyenaCacheLayer
-from tests.models import MODELS, model_of, new_model, tokens
+from tests.models import FULL, MODELS, model_of, new_model, tokens
 
 
 DTYPES = [torch.float64, torch.float32]
@@ -340,6 +340,51 @@ def test_attention_weights_of_a_continued_cache_stand_in_the_columns_of_the_stre
             if columns.numel() and columns[-1] >= done:
                 check_weights(name, layers, row, columns, ids[row, columns], done)
         done = until
+
+
+def test_attention_weights_forget_a_masked_call_that_was_cropped_whole():
+    model, sequence = eager("hybrid"), sequences()[0]
+    past = DynamicCache(config=model.config)
+    past.activate_past_recording()
+    for size, masked, crop in ((4, False, 0), (1, False, None), (4, True, -5)):
+        mask = torch.ones(1, past.get_seq_length() + size, dtype=torch.long)
+        mask[0, -2] = 0 if masked else 1
+        model(
+            tokens(1, size) if masked else sequence[None, past.get_seq_length() :][:, :size],
+            attention_mask=mask,
+            past_key_values=past,
+        )
+        if crop is not None:
+            past.crop(crop)
+    out = model(sequence[None, 4:], past_key_values=past, output_attentions=True)
+    check_weights("hybrid", out.attentions, 0, torch.arange(45), sequence, 4)
+
+
+@every_model
+def test_what_stands_in_masked_embeddings_reaches_nobody_even_if_it_is_no_number(name):
+    model = model_of(name)
+    ids, mask = layout("holes")
+    embeds = model.get_input_embeddings()(ids).masked_fill(~mask.bool().unsqueeze(-1), float("nan"))
+    for use_cache in (True, False):
+        logits = model(inputs_embeds=embeds, attention_mask=mask, use_cache=use_cache).logits
+        for row in range(4):
+            check(name, torch.float64, row, logits[row, mask[row].bool()])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_full_attention_can_take_tokens_back_that_nobody_recorded(masked):
+    model = new_model("attention only", torch.float64, layer_types=[FULL] * 3).requires_grad_(False)
+    ids, mask = layout("holes") if masked else (sequences()[0].expand(4, -1), torch.ones(4, 45, dtype=torch.long))
+    past = DynamicCache(config=model.config)
+    model(ids[:, :30], attention_mask=mask[:, :30], past_key_values=past)
+    past.crop(-7)
+    assert past.get_seq_length() == 23
+    logits = model(ids[:, 23:], attention_mask=mask, past_key_values=past).logits
+    truth = model(ids, attention_mask=mask, use_cache=False).logits[:, 23:]
+    real = mask[:, 23:].bool()
+    torch.testing.assert_close(logits[real], truth[real], rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="reaches beyond"):
+        past.crop(-100)
 
 
 def test_attention_weights_follow_a_crop_and_a_reordering():

@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
-from tests.models import MODELS, model_of, new_model, tokens
+from tests.models import FULL, MODELS, SLIDING, model_of, new_model, tokens
 
 
 NEW = 24
@@ -145,6 +145,25 @@ def test_an_assistant_may_draft_the_padding_token():
     settings = {"one_row": True, "pad_token_id": drafted}
     got = generate(model, assistant_model=assistant, **settings).sequences
     assert torch.equal(got, generate(model, use_cache=False, **settings).sequences)
+
+
+@pytest.mark.parametrize("layer_types", [[FULL] * 3, [SLIDING] * 3])
+def test_a_model_of_attention_alone_decodes_in_every_way(layer_types):
+    changes = {"layer_types": layer_types, "sliding_window": 4}
+    model, other = (new_model("order 2", torch.float64, seed=seed, **changes).requires_grad_(False) for seed in (0, 1))
+    truth = generate(model, one_row=True, use_cache=False).sequences
+    for way in ({}, {"prompt_lookup_num_tokens": 5}, {"assistant_model": other}, WAYS["static"]):
+        assert torch.equal(generate(model, one_row=True, **way).sequences, truth), way
+    hyena = model_of("order 2")
+    got = generate(hyena, one_row=True, assistant_model=other).sequences
+    assert torch.equal(got, without_cache("order 2", "greedy").sequences[:1])
+
+
+def test_a_training_model_with_checkpointed_gradients_still_generates():
+    model = new_model("hybrid", torch.float64)
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert torch.equal(generate(model).sequences, without_cache("hybrid", "greedy").sequences)
 
 
 def test_a_streamer_gets_every_token_once():

@@ -416,6 +416,20 @@ def test_the_loss_of_a_padded_batch_is_that_of_its_sequences_alone(name):
     torch.testing.assert_close(loss, sums / sum(sequence.shape[1] - 1 for sequence in alone), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("described_by", ["seq_idx", "cu_seq_lens_q", "position_ids"])
+def test_no_document_of_a_packed_batch_predicts_the_next(described_by):
+    model, lengths = model_of("hybrid"), [7, 1, 12]
+    ids, parts = tokens(1, 20), tokens(1, 20).split([7, 1, 12], dim=1)
+    description = {
+        "seq_idx": torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None],
+        "cu_seq_lens_q": torch.tensor([0, 7, 8, 20]),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+    }[described_by]
+    sums = sum(model(part, labels=part).loss * (part.shape[1] - 1) for part in parts if part.shape[1] > 1)
+    loss = model(ids, labels=ids, **{described_by: description}).loss
+    torch.testing.assert_close(loss, sums / 17, rtol=0, atol=1e-6)
+
+
 def test_the_loss_of_an_accumulated_batch_counts_all_its_tokens():
     model, ids = model_of("order 2"), tokens(2, 9)
     whole = model(ids, labels=ids).loss
@@ -483,12 +497,41 @@ def test_a_compiled_training_step_on_a_packed_or_padded_batch_is_one_graph_and_e
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does
+def test_a_compiled_packed_batch_may_have_another_length():
+    torch.compiler.reset()
+    model = new_model("order 2", torch.float64).requires_grad_(False)
+    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for lengths in ([5, 20, 15], [9, 30, 2], [11, 3, 3, 20]):
+        ids, ends = tokens(1, sum(lengths)), torch.tensor([0, *lengths]).cumsum(0)
+        got = step(ids, cu_seq_lens_q=ends, max_length_q=max(lengths)).logits
+        torch.testing.assert_close(got, model(ids, cu_seq_lens_q=ends).logits, rtol=0, atol=1e-12)
+    torch.compiler.reset()
+
+
+def test_an_exported_partial_filter_takes_any_length_of_one_row():
+    model = new_model("sliding", torch.float64).requires_grad_(False)
+    length = torch.export.Dim("length", min=2, max=200)
+    inputs = {"input_ids": tokens(1, 40), "use_cache": False}
+    shapes = {"input_ids": {1: length}, "use_cache": None}
+    exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes).module()
+    for n in (2, 17, 200):
+        got = exported(input_ids=tokens(1, n), use_cache=False).logits
+        torch.testing.assert_close(got, model(tokens(1, n)).logits, rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does
 def test_a_compiled_packed_batch_refuses_ends_that_do_not_fit():
     torch.compiler.reset()
     ids, kwargs = packed_batch()
     step = torch.compile(new_model("order 2"), fullgraph=True, backend="aot_eager")
-    for ends in ([0, 7, 29, 40, 41, 79], [0, 7, 29, 28, 41, 80], [1, 7, 29, 40, 41, 80], [0, 7, 9, 10, 11, 80]):
-        with pytest.raises(RuntimeError, match=r"cu_seq_lens_q must rise from 0 to the number of tokens \(80\)"):
+    for ends in (
+        [0, 7, 29, 40, 41, 79],
+        [0, 7, 29, 28, 41, 80],
+        [1, 7, 29, 40, 41, 80],
+        [0, 7, 9, 10, 11, 80],
+        [0, 7, 29, 39, 41, 80],
+    ):
+        with pytest.raises(RuntimeError, match="cu_seq_lens_q must rise from 0 to the number of tokens"):
             step(ids, **kwargs | {"cu_seq_lens_q": torch.tensor(ends, dtype=torch.int32)})
     torch.compiler.reset()
 

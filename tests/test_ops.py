@@ -491,7 +491,6 @@ def test_a_row_of_masked_tokens_among_others_stays_zero():
 def test_a_dense_batch_is_handed_over_as_it_is():
     seen = []
     stream = whole_numbers(2, 5, 3)
-    assert build_segments(torch.ones(2, 5).bool(), None, cached=True) is None
     assert build_segments(None, None, cached=False) is None
     over_rows(None, lambda rows, counts: seen.append((rows, counts)) or rows, stream)
     assert seen[0][0] is stream
@@ -521,8 +520,8 @@ STARTS = torch.tensor([[1, 0, 0, 1, 0, 1], [1, 1, 0, 0, 0, 0]]).bool()
         ),
         {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]])},
         {
-            "seq_idx": torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 0, 0]]),
-            "cu_seq_lens": torch.tensor([0, 6, 7, 12]),
+            "seq_idx": torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 1]]),
+            "cu_seq_lens": torch.tensor([0, 3, 5, 6, 7, 12]),
         },
     ],
     ids=lambda description: "-".join(description),
@@ -555,8 +554,8 @@ def test_rows_of_one_document_each_have_no_starts(description):
     ("description", "match"),
     [
         ({"seq_idx": torch.tensor([[0, 1, 0], [0, 0, 0]])}, "seq_idx decreases within a row"),
-        ({"seq_idx": torch.zeros(3, 3)}, r"seq_idx must have shape \(2, 3\).*got \(3, 3\)"),
-        ({"seq_idx": torch.zeros(3)}, r"seq_idx must have shape \(2, 3\).*got \(3,\)"),
+        ({"seq_idx": torch.zeros(3, 3).long()}, r"seq_idx must have shape \(2, 3\).*got \(3, 3\)"),
+        ({"seq_idx": torch.zeros(3).long()}, r"seq_idx must have shape \(2, 3\).*got \(3,\)"),
         ({"cu_seq_lens": torch.tensor([0, 2, 5])}, r"rise from 0 to the number of tokens \(6\).*\[5\]"),
         ({"cu_seq_lens": torch.tensor([1, 3, 6])}, "rise from 0"),
         ({"cu_seq_lens": torch.tensor([0, 4, 3, 6])}, "rise from 0"),
@@ -564,6 +563,12 @@ def test_rows_of_one_document_each_have_no_starts(description):
         ({"cu_seq_lens": torch.tensor([[0, 3], [3, 6]])}, "rise from 0"),
         ({"cu_seq_lens": torch.tensor([], dtype=torch.long)}, "rise from 0"),
         ({"cu_seq_lens": torch.tensor(6)}, "rise from 0"),
+        ({"cu_seq_lens": torch.tensor([0, 4, 6])}, "goes on in the next row.*every multiple of the length"),
+        ({"seq_idx": torch.tensor([[0, 1, 0], [0, 0, 0]]).to(torch.uint8)}, "seq_idx decreases within a row"),
+        (
+            {"seq_idx": torch.tensor([[0, 0, 1], [0, 0, 0]]), "cu_seq_lens": torch.tensor([0, 1, 3, 6])},
+            "describe different documents",
+        ),
     ],
 )
 def test_descriptions_that_contradict_the_batch_are_refused(description, match):

@@ -10,7 +10,7 @@ D channels, H heads, P head width, K taps. Time index `t`, lag `lag`.
 | bidirectional_fftconv | the same with a second filter over later tokens |
 | short_conv | depthwise causal convolution with a few taps |
 | multihead_conv | MultiHyena: one filter a head on outer products of keys and values |
-| over_rows, build_segments | run a sequence operator on dense rows, whatever the batch looks like |
+| over_rows | run a sequence operator on dense rows, whatever the batch looks like |
 """
 
 from .bidirectional import bidirectional_fftconv

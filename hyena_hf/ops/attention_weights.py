@@ -10,7 +10,7 @@ B batch, L new columns, S columns of earlier calls, R rows, H heads, n queries a
 import torch
 from torch import Tensor
 
-from .segments import Segments
+from .segments import Segments, filled_cells
 
 
 def _place(out: Tensor, weights: Tensor, batch_rows: Tensor, queries: Tensor, keys: Tensor) -> None:
@@ -34,8 +34,7 @@ def weights_without_past(parts: list[Tensor], segments: Segments | None, batch: 
         return parts[0]
     out = parts[0].new_zeros(batch, parts[0].shape[1], length, length)
     for weights, group in zip(parts, segments.groups, strict=True):
-        filled = torch.arange(group.index.shape[1], device=group.index.device) < group.counts.unsqueeze(1)
-        columns = torch.where(filled, group.index % length, -1)
+        columns = torch.where(filled_cells(group.index.shape[1], group.counts), group.index % length, -1)
         _place(out, weights, group.index[:, 0] // length, columns, columns)
     return out
 

@@ -42,7 +42,8 @@ def fft_length(length: int, taps: int) -> int:
     """
     needed = length + taps - 1
     if isinstance(needed, torch.SymInt):
-        return length + taps  # a symbolic length admits no search over factors
+        # a symbolic length admits no search over factors, and half of an odd one no proof that shapes agree
+        return length + taps if isinstance(taps, torch.SymInt) else 2 * (length + taps)
     if taps == length and _is_11_smooth(2 * length):
         return 2 * length
     return _next_even_5_smooth(max(needed, 2))

@@ -105,7 +105,10 @@ def segments_from_mask(mask: Tensor) -> Segments:
     counts = mask.sum(dim=1)
     compiling = torch.compiler.is_compiling()
     width = length if compiling else max(int(counts.max()), 1)
-    order = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)[:, :width]
+    order = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)
+    # behind a row's end its last token again: masked ones may hold anything, even what is no number
+    cells = torch.arange(width, device=mask.device).minimum((counts - 1).clamp(min=0).unsqueeze(1))
+    order = order.gather(1, cells)
     starts = torch.arange(batch, device=mask.device).unsqueeze(1)
     row_positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     slot = (starts * width + row_positions).flatten()
@@ -155,13 +158,32 @@ def segments_from_documents(documents: Tensor, mask: Tensor) -> Segments:
     )
 
 
+def _whole_numbers(name: str, tensor: Tensor) -> Tensor:
+    """The tensor as int64: differences of unsigned numbers never fall."""
+    if (
+        not isinstance(tensor, Tensor)
+        or tensor.is_floating_point()
+        or tensor.is_complex()
+        or tensor.dtype == torch.bool
+    ):
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a tensor of whole numbers, got {got}; convert it with .long()")
+    return tensor.long()
+
+
 def _starts_from_seq_idx(seq_idx: Tensor, batch: int, length: int) -> Tensor:
+    seq_idx = _whole_numbers("seq_idx", seq_idx)
     if seq_idx.shape not in ((batch, length), (1, length)):
         raise ValueError(f"seq_idx must have shape {(batch, length)}, that of the tokens, got {tuple(seq_idx.shape)}")
     step = seq_idx.diff(dim=1)
     if bool((step < 0).any()):
         raise ValueError("seq_idx decreases within a row; number the documents of a row in order")
     return torch.nn.functional.pad(step != 0, (1, 0), value=True).expand(batch, length)
+
+
+_ENDS = (
+    "cu_seq_lens_q must rise from 0 to the number of tokens, by max_length_q at most, with an end at each row's end"
+)
 
 
 def segments_from_ends(cu_seq_lens: Tensor, width: int, batch: int, length: int) -> Segments:
@@ -178,9 +200,10 @@ def segments_from_ends(cu_seq_lens: Tensor, width: int, batch: int, length: int)
     ends = cu_seq_lens.long()
     starts, lengths = ends[:-1], ends.diff()
     right = (ends[0] == 0) & (ends[-1] == batch * length) & (lengths.min() >= 0) & (lengths.max() <= width)
-    torch.ops.aten._assert_async.msg(
-        right, f"cu_seq_lens_q must rise from 0 to the number of tokens ({batch * length}) by at most {width}"
-    )
+    row_starts = torch.arange(batch, device=ends.device) * length
+    right = right & torch.isin(row_starts, ends).all()
+    # a message of numbers would be another graph for every shape
+    torch.ops.aten._assert_async.msg(right, _ENDS)
     source = torch.arange(batch * length, device=ends.device)
     row = torch.searchsorted(ends, source, right=True) - 1
     position = source - starts[row]
@@ -191,14 +214,20 @@ def segments_from_ends(cu_seq_lens: Tensor, width: int, batch: int, length: int)
 
 def _starts_from_cu_seq_lens(cu_seq_lens: Tensor, batch: int, length: int) -> Tensor:
     total = batch * length
+    cu_seq_lens = _whole_numbers("cu_seq_lens_q", cu_seq_lens)
     ends = cu_seq_lens.flatten().tolist()
     if cu_seq_lens.ndim != 1 or not ends or ends[0] != 0 or ends[-1] != total or sorted(ends) != ends:
         raise ValueError(
             f"cu_seq_lens_q must rise from 0 to the number of tokens ({total}), got {ends[:3]} ... {ends[-1:]}; count "
             f"every token of the batch once"
         )
+    if not set(range(0, total, length)).issubset(ends):
+        raise ValueError(
+            f"a document of cu_seq_lens_q goes on in the next row; documents end with their row, so give an end at "
+            f"every multiple of the length ({length})"
+        )
     starts = torch.zeros(total + 1, dtype=torch.bool, device=cu_seq_lens.device)
-    starts[cu_seq_lens.long()] = True
+    starts[cu_seq_lens] = True
     return starts[:total].view(batch, length)
 
 
@@ -216,7 +245,8 @@ def document_starts(
         batch, length: Shape of the stream.
         seq_idx: Number of the document of each token (B, L) or (1, L).
         cu_seq_lens: Ends of the documents in the flattened stream, from 0 to B * L.
-        position_ids: Positions (B, L) or (1, L); a document begins where they do not rise by one.
+        position_ids: Positions (B, L) or (1, L); where nothing else describes the documents, one begins wherever they
+            do not rise by one.
 
     Returns:
         (B, L) bool, or None when every row is one document.
@@ -229,75 +259,102 @@ def document_starts(
         found.append(_starts_from_seq_idx(seq_idx, batch, length))
     if cu_seq_lens is not None:
         found.append(_starts_from_cu_seq_lens(cu_seq_lens, batch, length))
-    if position_ids is not None and length > 1:
+    if len(found) == 2 and bool((found[0] != found[1].to(found[0].device)).any()):
+        raise ValueError("seq_idx and cu_seq_lens_q describe different documents; pass one of them")
+    if position_ids is not None and not found and length > 1:
+        _check_position_shape(position_ids, batch, length)
         resets = torch.nn.functional.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
         found.append(resets.expand(batch, length))
     if not found:
         return None
-    starts = torch.stack([start.to(found[0].device) for start in found]).any(dim=0)
-    return starts if bool(starts[:, 1:].any()) else None
+    return found[0] if bool(found[0][:, 1:].any()) else None
 
 
-def check_positions(position_ids: Tensor, segments: Segments | None, seen: Tensor | int | None) -> None:
+def _check_position_shape(position_ids: Tensor, batch: int, length: int) -> None:
+    _whole_numbers("position_ids", position_ids)
+    if position_ids.shape not in ((batch, length), (1, length)):
+        raise ValueError(f"position_ids must have shape {(batch, length)}, got {tuple(position_ids.shape)}")
+
+
+def number_documents(
+    batch: int, length: int, seq_idx: Tensor | None, cu_seq_lens: Tensor | None, position_ids: Tensor | None
+) -> Tensor | None:
+    """Number of the document of every token (B, L), or None when every row is one; arguments as in `document_starts`.
+
+    Nothing is checked in a compiled graph, which may read no tensor.
+    """
+    if not torch.compiler.is_compiling():
+        starts = document_starts(batch, length, seq_idx=seq_idx, cu_seq_lens=cu_seq_lens, position_ids=position_ids)
+        return None if starts is None else starts.cumsum(1)
+    if cu_seq_lens is None:
+        return seq_idx
+    tokens = torch.arange(batch * length, device=cu_seq_lens.device)
+    return torch.searchsorted(cu_seq_lens.long(), tokens, right=True).view(batch, length)
+
+
+def check_positions(
+    position_ids: Tensor, batch: int, length: int, segments: Segments | None, seen: Tensor | int | None
+) -> bool:
     """Refuse positions that say something else about the sequences than the segments do.
 
     Args:
         position_ids: Positions of the caller (B, L) or (1, L).
+        batch, length: Shape of the stream.
         segments: How the stream divides; None when every row is one sequence.
-        seen: Real tokens that a cache holds, an int, 0-d or (B,): positions must then go on from them where rows are
-            unequal. None: they may begin anywhere, and need only rise by one from each token of a sequence to the
-            next.
+        seen: Real tokens that a cache holds, an int, 0-d or (B,): positions must go on from them. None: they may begin
+            anywhere, and need only rise by one from each token of a sequence to the next.
+
+    Returns:
+        Whether they count the tokens of every sequence from 0; a compiled graph may not look, and says yes.
 
     Raises:
-        ValueError: They do not. A compiled graph may not look.
+        ValueError: They contradict the segments or the cache.
     """
     if torch.compiler.is_compiling():
-        return
+        return True
+    _check_position_shape(position_ids, batch, length)
+    device = position_ids.device
     if segments is None:
-        wrong = torch.nn.functional.pad(position_ids.diff(dim=1) != 1, (1, 0))
+        index = torch.arange(length, device=device).expand(batch, length)
+        source = torch.arange(batch * length, device=device)
     else:
-        batch, length = segments.positions.shape
-        offset = (position_ids.expand(batch, length) - segments.positions).flatten()
+        index = segments.positions
         source = torch.cat([group.source for group in segments.groups]).sort().values
-        wrong = torch.zeros(batch * length, dtype=torch.bool, device=source.device)
-        if seen is None:
-            goes_on = segments.positions.flatten()[source[1:]] > 0
-            wrong[source[1:]] = (offset[source].diff() != 0) & goes_on
-        else:
-            row = source // length
-            wrong[source] = offset[source] != torch.as_tensor(seen, device=source.device).expand(batch)[row]
-        wrong = wrong.view(batch, length)
+    offset = (position_ids.expand(batch, length) - index).flatten()
+    wrong = torch.zeros(batch * length, dtype=torch.bool, device=device)
+    if seen is None:
+        wrong[source[1:]] = (offset[source].diff() != 0) & (index.flatten()[source[1:]] > 0)
+    else:
+        wrong[source] = offset[source] != torch.as_tensor(seen, device=device).expand(batch)[source // length]
     if bool(wrong.any()):
-        row, column = wrong.nonzero()[0].tolist()
+        row, column = divmod(int(wrong.nonzero()[0]), length)
         raise ValueError(
             f"position_ids contradict the attention_mask, the cache or the documents: in row {row} the position "
-            f"{int(position_ids[row, column])} in column {column} does not follow that of the token before it in its "
-            f"sequence; leave position_ids out, they are counted from the mask"
+            f"{int(position_ids.expand(batch, length)[row, column])} in column {column} does not follow that of the "
+            f"token before it in its sequence; leave position_ids out, they are counted from the mask"
         )
+    return seen is not None or not bool(offset[source].any())
 
 
 def build_segments(mask: Tensor | None, documents: Tensor | Segments | None, *, cached: bool) -> Segments | None:
     """Choose the rows of a batch.
 
     Args:
-        mask: True for real tokens (B, L), or None.
+        mask: True for real tokens (B, L), or None when all are.
         documents: True where a document begins (B, L), or None when every row is one; or the segments of a batch
             without masked tokens.
         cached: Whether a cache follows the rows; then `documents` must be None.
 
     Returns:
-        None when the batch is dense, so that nothing has to move (a compiled graph cannot tell, and always moves).
+        None when the batch is dense, so that nothing has to move.
     """
     if isinstance(documents, Segments):
         if mask is not None:
             raise ValueError("a compiled packed batch takes cu_seq_lens_q or an attention_mask, not both")
         return documents
-    compiling = torch.compiler.is_compiling()
-    if mask is not None and not compiling and bool(mask.all()):
-        mask = None
     if mask is None and documents is None:
         return None
-    if cached or (compiling and documents is None):
+    if cached or (torch.compiler.is_compiling() and documents is None):
         assert mask is not None and documents is None  # noqa: S101, PT018 (the caller refused packing with a cache)
         return segments_from_mask(mask)
     if documents is None:
