@@ -3,8 +3,8 @@
 
 All take the arguments of `HyenaModel.forward` and labels; -100 marks what bears no loss. As in the model, masked
 tokens do not exist: no output of a head and no loss depends on them. A head loads from any checkpoint with the same
-body and is then the only part that is new. Weights have the names that PEFT trains beside an adapter: `score`,
-`qa_outputs`.
+body and is then the only part that is new, unless the file holds one of that name and shape. Weights have the names
+that PEFT trains beside an adapter: `score`, `qa_outputs`.
 
 A head makes no cache unless `use_cache=True` is passed.
 """
