@@ -151,7 +151,7 @@ def page(rounds: int, smoke: bool) -> list[str]:
 def main() -> None:
     """Measure and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="runs of each case (default 7)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each case (default 3)")
     parser.add_argument("--smoke", action="store_true", help="tiny model, 2 rounds, page in runs/smoke")
     arguments = parser.parse_args()
     if arguments.rounds < 1:

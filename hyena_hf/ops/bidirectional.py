@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .fftconv import check_shapes, check_tensors, fft_length, transform_dtype
+from .fftconv import check_shapes, check_tensors, conv_gradients, fft_length, transform_dtype
 
 
 class _CircularConv(torch.autograd.Function):
@@ -38,27 +38,7 @@ class _CircularConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (grad,) = grad_outputs
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "bidirectional_fftconv is differentiable once; call backward or torch.autograd.grad without "
-                "create_graph=True"
-            )
-        length, n = ctx.sizes
-        w_spectrum, kernel_spectrum = ctx.saved_tensors
-        if not w_spectrum.is_complex():
-            dtype = transform_dtype(grad.dtype, grad.device)
-            w_spectrum = torch.fft.rfft(w_spectrum.to(dtype), n=n)
-            kernel_spectrum = torch.fft.rfft(kernel_spectrum.to(dtype), n=n).unsqueeze(-2)
-        # correlation with a signal is convolution with its reversal: the conjugate spectrum
-        spectrum = torch.fft.rfft(grad.to(w_spectrum.real.dtype), n=n)
-        grad_w = grad_kernel = None
-        if ctx.needs_input_grad[0]:
-            grad_w = torch.fft.irfft(spectrum * kernel_spectrum.conj(), n=n)[..., :length].to(grad.dtype)
-        if ctx.needs_input_grad[1]:
-            product = (spectrum * w_spectrum.conj()).sum(dim=(0, 2))
-            grad_kernel = torch.fft.irfft(product, n=n).to(grad.dtype)
-        return grad_w, grad_kernel
+        return conv_gradients("bidirectional_fftconv", ctx, grad_outputs[0], *ctx.sizes)
 
 
 def _circular_kernel(h: Tensor, h_reverse: Tensor, length: int) -> Tensor:

@@ -9,6 +9,8 @@ padded with zeros. Computed in float32 at least (float64 for float64 inputs), re
 B batch, C channels, H filters, L length, K taps, n FFT length.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -98,6 +100,34 @@ def _convolve_tiles(w: Tensor, h: Tensor) -> Tensor:
     return y[..., :length]
 
 
+def conv_gradients(name: str, ctx: Any, grad: Tensor, length: int, n: int) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a circular convolution of n points by its input (.., length) and by its kernel (H, n).
+
+    Args:
+        name: Of the public function, for the refusal of a second derivative.
+        ctx: Its context; saved are input and kernel, or their spectra, that of the kernel with an axis for channels.
+        grad: Gradient of the output (B, H, G, length).
+        length, n: Length of the input, of the transform.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} is differentiable once; call backward or torch.autograd.grad without create_graph=True"
+        )
+    w_spectrum, h_spectrum = ctx.saved_tensors
+    if not w_spectrum.is_complex():
+        dtype = transform_dtype(grad.dtype, grad.device)
+        w_spectrum = torch.fft.rfft(w_spectrum.to(dtype), n=n)
+        h_spectrum = torch.fft.rfft(h_spectrum.to(dtype), n=n).unsqueeze(-2)
+    # correlation with a signal is convolution with its reversal: the conjugate spectrum
+    spectrum = torch.fft.rfft(grad.to(w_spectrum.real.dtype), n=n)
+    grad_w = grad_h = None
+    if ctx.needs_input_grad[0]:
+        grad_w = torch.fft.irfft(spectrum * h_spectrum.conj(), n=n)[..., :length].to(grad.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_h = torch.fft.irfft((spectrum * w_spectrum.conj()).sum(dim=(0, 2)), n=n).to(grad.dtype)
+    return grad_w, grad_h
+
+
 class _CausalConv(torch.autograd.Function):
     """h conv w with the backward pass in real transforms; autograd's own would use complex ones of twice the size.
 
@@ -123,26 +153,9 @@ class _CausalConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (grad,) = grad_outputs
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "causal_fftconv is differentiable once; call backward or torch.autograd.grad without create_graph=True"
-            )
         length, taps, n = ctx.sizes
-        w_spectrum, h_spectrum = ctx.saved_tensors
-        if not w_spectrum.is_complex():
-            dtype = transform_dtype(grad.dtype, grad.device)
-            w_spectrum = torch.fft.rfft(w_spectrum.to(dtype), n=n)
-            h_spectrum = torch.fft.rfft(h_spectrum.to(dtype), n=n).unsqueeze(-2)
-        # correlation with a signal is convolution with its reversal: the conjugate spectrum
-        spectrum = torch.fft.rfft(grad.to(w_spectrum.real.dtype), n=n)
-        grad_w = grad_h = None
-        if ctx.needs_input_grad[0]:
-            grad_w = torch.fft.irfft(spectrum * h_spectrum.conj(), n=n)[..., :length].to(grad.dtype)
-        if ctx.needs_input_grad[1]:
-            product = (spectrum * w_spectrum.conj()).sum(dim=(0, 2))
-            grad_h = torch.fft.irfft(product, n=n)[..., :taps].to(grad.dtype)
-        return grad_w, grad_h
+        grad_w, grad_h = conv_gradients("causal_fftconv", ctx, grad_outputs[0], length, n)
+        return grad_w, None if grad_h is None else grad_h[..., :taps]
 
 
 def check_tensors(function: str, u: Tensor, **tensors: Tensor | None) -> None:
