@@ -52,7 +52,7 @@ class HyenaRMSNorm(nn.Module):
 
 
 class HyenaLayerNorm(nn.LayerNorm):
-    """Layer norm whose weight gradients are summed in float32 at least: torch's CPU kernel loses 2% in bfloat16."""
+    """Layer norm whose weight gradients are summed in float32 at least: torch's CPU kernel sums them in bfloat16."""
 
     def forward(self, input: Tensor) -> Tensor:
         if input.device.type != "cpu":

@@ -60,9 +60,9 @@ def transform_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Real dtype of the transforms of inputs in `dtype` (float32 or float64).
 
     The rounding error of a float32 transform spreads over all its outputs and depends on its size, so on padding and
-    batching; models of order 3 amplify it to 4e-5. Float64 transforms, rounded once, leave none of it. They cost twice
-    to three times as much, and only the CPU has them at that price: `torch.set_float32_matmul_precision("high")`,
-    torch's switch for faster float32 arithmetic, turns them off.
+    batching; models of order 3 amplify it beyond 1e-5. Float64 transforms, rounded once, leave none of it and slow a
+    whole model by a fifth (both in benchmarks/results/batching.md); only CPUs are sure to have them at such a price.
+    `torch.set_float32_matmul_precision("high")`, torch's switch for faster float32 arithmetic, turns them off.
     """
     exact = dtype == torch.float32 and device.type == "cpu" and _wants_exact_float32()
     return torch.float64 if exact else dtype
