@@ -145,7 +145,7 @@ class HyenaForMaskedLM(_HeadModel):
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
-            check_labels(labels, logits.shape[:2], self.config.vocab_size, "vocabulary")
+            labels = check_labels(labels, logits.shape[:2], self.config.vocab_size, "vocabulary")
             labels = _without_padding(labels, attention_mask)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return MaskedLMOutput(
@@ -214,7 +214,7 @@ class HyenaForSequenceClassification(_HeadModel):
         if kind != "single_label_classification":
             labels = labels.to(exact.dtype).view(exact.shape)
         loss = self.loss_function(
-            logits=exact, labels=labels.flatten() if kind == "single_label_classification" else labels,
+            logits=exact, labels=labels.flatten().long() if kind == "single_label_classification" else labels,
             pooled_logits=exact, config=self.config, **kwargs,
         )  # fmt: skip
         items = kwargs.get("num_items_in_batch")
@@ -225,12 +225,11 @@ class HyenaForSequenceClassification(_HeadModel):
     def _checked_problem(self, labels: Tensor, batch: int) -> str:
         """The kind of problem, by transformers' rule, after refusing labels that do not fit it."""
         kind, count = self.config.problem_type, self.num_labels
-        whole = not labels.is_floating_point()
+        whole = not labels.is_floating_point() and labels.dtype != torch.bool
         if kind is None and count == 1:
             kind = "regression"
         elif kind is None:
-            whole_numbers = labels.dtype in (torch.long, torch.int)
-            kind = "single_label_classification" if whole_numbers else "multi_label_classification"
+            kind = "single_label_classification" if whole else "multi_label_classification"
         shapes = [(batch, count)]
         if kind == "single_label_classification" or count == 1:
             shapes = [(batch,), (batch, 1)]
@@ -287,7 +286,7 @@ class HyenaForTokenClassification(_HeadModel):
         logits = self.score(outputs.last_hidden_state)
         loss = None
         if labels is not None:
-            check_labels(labels, logits.shape[:2], self.num_labels, "num_labels")
+            labels = check_labels(labels, logits.shape[:2], self.num_labels, "num_labels")
             loss = self.loss_function(logits, _without_padding(labels, attention_mask), self.config, **kwargs)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

@@ -289,12 +289,16 @@ def check_stream(
     return batch, length, stream.device
 
 
-def check_labels(labels: Tensor, shape: tuple[int, ...] | None, count: int, what: str) -> None:
-    """Refuse labels of another shape (None: any), and any but -100 outside `count` classes, which `what` names."""
+def check_labels(labels: Tensor, shape: tuple[int, ...] | None, count: int, what: str) -> Tensor:
+    """Refuse labels of another shape (None: any), and any but -100 outside `count` classes, which `what` names.
+
+    Returns the labels as int64, the only kind that torch's losses take.
+    """
     if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"labels must be whole numbers, got {labels.dtype}; convert them with .long()")
+    labels = labels.long()
     if torch.compiler.is_compiling():
-        return
+        return labels
     if shape is not None and labels.shape != shape:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)}, but the batch {tuple(shape)}; give one label a token, -100 for "
@@ -306,6 +310,7 @@ def check_labels(labels: Tensor, shape: tuple[int, ...] | None, count: int, what
             f"labels hold {labels[wrong][0].item()}, outside the {what} of {count}; use -100 for positions without "
             f"loss"
         )
+    return labels
 
 
 def _real_tokens(attention_mask: Tensor | None, batch: int, length: int, past: int | Tensor) -> Tensor | None:
@@ -633,8 +638,7 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
         if isinstance(logits_to_keep, int) and logits_to_keep:
             raise ValueError("labels need the logits of all positions; leave logits_to_keep out")
         shape = stream.shape[:2] if isinstance(stream, Tensor) and isinstance(logits_to_keep, int) else None
-        check_labels(labels, shape, self.config.vocab_size, "vocabulary")
-        return labels.long()
+        return check_labels(labels, shape, self.config.vocab_size, "vocabulary")
 
     # generation
 

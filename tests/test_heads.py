@@ -29,7 +29,7 @@ from hyena_hf import (
     HyenaForTokenClassification,
     HyenaModel,
 )
-from tests.models import FULL, HYENA, new_model, tokens
+from tests.models import FULL, HYENA, config_of, new_model, tokens
 
 
 HEADS = {
@@ -488,3 +488,15 @@ def test_the_feature_extraction_pipeline_returns_hidden_states(tmp_path):
     for text in TEXTS:
         ids = torch.tensor([list(text.encode())])
         torch.testing.assert_close(extract(text), model(ids).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_labels_of_any_whole_numbers_give_the_loss_of_int64_ones(dtype):
+    ids, rows = tokens(3, 6), torch.tensor([0, 2, 1])
+    cases = [(HyenaForSequenceClassification, True, rows), (HyenaForTokenClassification, True, ids % 3)]
+    for head, causal, labels in [*cases, (HyenaForMaskedLM, False, ids)]:
+        torch.manual_seed(0)
+        model = head(config_of("order 2", is_causal=causal, num_labels=3)).eval()
+        assert torch.equal(model(ids, labels=labels.to(dtype)).loss, model(ids, labels=labels).loss)
+    with pytest.raises(TypeError, match=r"labels must be whole numbers, got torch\.float32"):
+        model(ids, labels=ids.float())

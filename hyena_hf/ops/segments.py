@@ -287,7 +287,7 @@ def number_documents(
         starts = document_starts(batch, length, seq_idx=seq_idx, cu_seq_lens=cu_seq_lens, position_ids=position_ids)
         return None if starts is None else starts.cumsum(1)
     if cu_seq_lens is None:
-        return seq_idx
+        return None if seq_idx is None else seq_idx.expand(batch, length)
     tokens = torch.arange(batch * length, device=cu_seq_lens.device)
     return torch.searchsorted(cu_seq_lens.long(), tokens, right=True).view(batch, length)
 
