@@ -10,8 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from hyena_hf.ops import causal_fftconv, multihead, multihead_conv, over_rows, short_conv
-from hyena_hf.ops.fftconv import fft_length
+from hyena_hf.ops import (
+    bidirectional_fftconv,
+    causal_fftconv,
+    engine,
+    filter_spectrum,
+    multihead,
+    multihead_conv,
+    over_rows,
+)
+from hyena_hf.ops import short_conv, use_backend
+from hyena_hf.ops.backends.fft import fft_length
 from hyena_hf.ops.segments import build_segments, document_starts
 from tests import oracles
 
@@ -20,6 +29,7 @@ NAMES = ("u", "h", "direct", "pregate", "postgate")
 SIZES = [  # B, C, H, L, K
     *[(2, 4, 4, length, length) for length in (1, 2, 3, 64, 127, 1000, 1025)],
     (2, 4, 4, 127, 5),
+    (2, 6, 3, 1000, 40),
     (2, 4, 4, 127, 300),
     (2, 4, 4, 1000, 1),
     (1, 6, 2, 127, 127),
@@ -39,9 +49,9 @@ def make_inputs(batch, channels, filters, length, taps, dtype=torch.float64):
     return {name: torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for name, shape in shapes.items()}
 
 
-def run(function, inputs):
+def run(function, inputs, **options):
     """Output, and gradients of sum(y * cotangent) by the name of the input."""
-    y = function(**inputs)
+    y = function(**inputs, **options)
     cotangent = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype)
     return {"y": y.detach()} | dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), cotangent), strict=True))
 
@@ -108,30 +118,44 @@ def test_fft_length_of_long_inputs_is_even_smooth_and_at_most_a_twelfth_too_long
 # long convolution
 
 
-@pytest.fixture(params=["highest", "high"])
-def float32_precision(request):
-    """Torch's switch for float32 arithmetic: float64 transforms on a CPU, or float32 ones."""
-    torch.set_float32_matmul_precision(request.param)
-    yield request.param
-    torch.set_float32_matmul_precision("highest")
+both_sums = pytest.mark.parametrize("exact", [False, True], ids=["float32 sums", "float64 sums"])
+every_backend = pytest.mark.parametrize("backend", ["torch", "blocked", "overlap_save", "matrix"])
 
 
+@pytest.fixture(params=["one block", "small blocks"])
+def blocks(request, monkeypatch):
+    """Blocks of the size that the machine likes, or so small that every shape takes many."""
+    if request.param == "small blocks":
+        monkeypatch.setattr(engine, "block_floats", lambda n, device: 3 * n)  # noqa: ARG005 (one signature)
+
+
+def skip_what_is_refused(backend, sizes):
+    """Frames are for filters of at most half the length of the input."""
+    if backend == "overlap_save" and 2 * min(sizes[4], sizes[3]) > sizes[3]:
+        pytest.skip("the filter is too long for frames, which is refused")
+
+
+@every_backend
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_fftconv_and_all_its_gradients_equal_the_oracle_in_float64(sizes):
+def test_fftconv_and_all_its_gradients_equal_the_oracle_in_float64(sizes, backend):
+    skip_what_is_refused(backend, sizes)
     inputs = make_inputs(*sizes)
-    results, expected = run(causal_fftconv, inputs), oracle_results(inputs)
+    results, expected = run(causal_fftconv, inputs, backend=backend), oracle_results(inputs)
     assert results.keys() == {"y", *NAMES}
     for name, result in results.items():
         np.testing.assert_allclose(result, expected[name], rtol=0, atol=1e-12 * np.abs(expected[name]).max())
 
 
-@pytest.mark.usefixtures("float32_precision")
+@every_backend
+@both_sums
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_fftconv_in_float32_is_at_most_twice_as_far_from_the_oracle_as_the_obvious_version(sizes):
+def test_fftconv_in_float32_is_at_most_twice_as_far_from_the_oracle_as_the_obvious_version(sizes, backend, exact):
+    skip_what_is_refused(backend, sizes)
     # over many batches, so that no lucky rounding of few numbers decides
     batches = [make_inputs(*sizes, dtype=torch.float32) for _ in range(5 if sizes[3] > 200 else 12)]
     expected = pooled(oracle_results(inputs) for inputs in batches)
-    fast = pooled(run(causal_fftconv, inputs) for inputs in batches)
+    fast = pooled(run(causal_fftconv, inputs, backend=backend, exact=exact) for inputs in batches)
     naive = pooled(run(naive_fftconv, inputs) for inputs in batches)
     for name, result in fast.items():
         assert result.dtype == torch.float32
@@ -140,12 +164,13 @@ def test_fftconv_in_float32_is_at_most_twice_as_far_from_the_oracle_as_the_obvio
         assert relative_error(result, expected[name]) <= allowed, name
 
 
-@pytest.mark.usefixtures("float32_precision")
+@every_backend
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("sizes", [(2, 4, 4, 127, 127), (2, 6, 2, 1000, 64), (1, 2, 1, 3, 9)], ids=str)
-def test_fftconv_of_half_precision_inputs_loses_only_their_rounding(sizes, dtype, tolerance):
+def test_fftconv_of_half_precision_inputs_loses_only_their_rounding(sizes, dtype, tolerance, backend):
+    skip_what_is_refused(backend, sizes)
     inputs = make_inputs(*sizes, dtype=dtype)
-    results, expected = run(causal_fftconv, inputs), oracle_results(inputs)
+    results, expected = run(causal_fftconv, inputs, backend=backend), oracle_results(inputs)
     for name, result in results.items():
         assert result.dtype == dtype
         assert relative_error(result, expected[name]) <= tolerance, name
@@ -164,7 +189,8 @@ def test_half_precision_inputs_meet_float32_filters_and_keep_their_dtype():
 def test_absent_direct_and_gates_count_as_zero_and_one(given):
     inputs = make_inputs(2, 4, 2, 17, 17)
     some = {name: tensor for name, tensor in inputs.items() if name in ("u", "h", *given)}
-    neutral = {"direct": torch.zeros(2), "pregate": torch.ones(2, 4, 17), "postgate": torch.ones(2, 4, 17)}
+    neutral = {"direct": torch.zeros(2).double()}
+    neutral |= {name: torch.ones(2, 4, 17).double() for name in ("pregate", "postgate")}
     full = neutral | some
     torch.testing.assert_close(causal_fftconv(**some), causal_fftconv(**full), rtol=0, atol=1e-14)
 
@@ -221,27 +247,29 @@ def test_not_a_bit_of_an_output_depends_on_later_inputs(length, taps, t, dtype):
     inputs = {name: tensor.detach() for name, tensor in make_inputs(2, 4, 2, length, taps, dtype).items()}
     changed = inputs | {name: inputs[name].clone() for name in ("u", "pregate", "postgate")}
     for name in ("u", "pregate", "postgate"):
-        changed[name][..., t + 1 :] = 100 * torch.randn(2, 4, length - 1 - t, dtype=dtype)
-    y, y_changed = causal_fftconv(**inputs), causal_fftconv(**changed)
+        # what float64 transforms leave of inputs a million times larger would show in float32
+        size = 100 if dtype == torch.float64 else 1
+        changed[name][..., t + 1 :] = size * torch.randn(2, 4, length - 1 - t, dtype=dtype)
+    y, y_changed = causal_fftconv(**inputs, exact=True), causal_fftconv(**changed, exact=True)
     assert torch.equal(y[..., : t + 1], y_changed[..., : t + 1])
     assert not torch.allclose(y[..., t + 1 :], y_changed[..., t + 1 :])
 
 
-def test_float32_outputs_on_a_cpu_are_the_same_bits_whatever_the_length_of_the_input():
+def test_exact_float32_outputs_on_a_cpu_are_the_same_bits_whatever_the_length_of_the_input():
     inputs = {name: tensor.detach() for name, tensor in make_inputs(2, 4, 4, 1000, 1000, torch.float32).items()}
-    whole = causal_fftconv(**inputs)
+    whole = causal_fftconv(**inputs, exact=True)
     for n in (1, 63, 131, 640, 999):
         prefix = {name: x[..., :n] if x.ndim > 1 else x for name, x in inputs.items()}
-        assert torch.equal(causal_fftconv(**prefix), whole[..., :n])
+        assert torch.equal(causal_fftconv(**prefix, exact=True), whole[..., :n])
 
 
-def test_lower_float32_precision_of_torch_brings_float32_transforms():
+def test_lower_float32_precision_of_torch_brings_float32_transforms_to_exact_convolutions():
     inputs = {name: tensor.detach() for name, tensor in make_inputs(2, 4, 4, 1000, 1000, torch.float32).items()}
-    exact, expected = causal_fftconv(**inputs), oracle_results(inputs)["y"]
+    exact, plain = causal_fftconv(**inputs, exact=True), causal_fftconv(**inputs)
     torch.set_float32_matmul_precision("high")
-    fast = causal_fftconv(**inputs)
+    assert torch.equal(causal_fftconv(**inputs, exact=True), plain)
     torch.set_float32_matmul_precision("highest")
-    assert relative_error(fast, expected) > 2 * relative_error(exact, expected)
+    assert not torch.equal(exact, plain)
 
 
 def test_memory_layout_does_not_matter():
@@ -285,7 +313,13 @@ def test_inputs_stay_unchanged():
         ({"direct": torch.ones(2, dtype=torch.long)}, TypeError, "direct of torch.int64"),
         ({"h": torch.ones(2, 9, device="meta")}, ValueError, "h lies on meta but u on cpu"),
         ({"postgate": torch.ones(2, 4, 9, device="meta")}, ValueError, "postgate lies on meta but u on cpu"),
-        ({"backend": "cuda"}, ValueError, "no backend 'cuda'; choose 'torch'"),
+        ({"backend": "cuda"}, ValueError, "no backend 'cuda'; choose one of torch, blocked"),
+        ({"backend": "overlap_save"}, ValueError, r"cannot serve .* at most half as long as u \(9\)"),
+        ({"backend": "triton"}, ValueError, "the backend 'triton' cannot serve this convolution: "),
+        ({"backend": "flashfftconv"}, ValueError, "the backend 'flashfftconv' cannot serve this convolution: "),
+        ({"h": torch.ones(2, 9, dtype=torch.float64)}, TypeError, "h is torch.float64 but u torch.float32"),
+        ({"direct": torch.ones(2, dtype=torch.float64)}, TypeError, "direct is torch.float64 but u torch.float32"),
+        ({"pregate": torch.ones(2, 4, 9, dtype=torch.float64)}, TypeError, "pregate is torch.float64 but u"),
     ],
 )
 def test_fftconv_refuses_what_it_cannot_convolve(changes, error, match):

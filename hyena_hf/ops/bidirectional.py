@@ -6,49 +6,15 @@
 
 The convention of Monarch Mixer (Fu et al. 2023, arXiv 2310.12109): lag 0 belongs to `h` alone, `h_reverse` begins at
 the next token. Both filters form one kernel on a circle, so it takes one convolution and not two. Computed in float32
-at least, returned in the dtype of `u`.
+at least, returned in the dtype of `u`; by which backend, `hyena_hf.ops.engine` says.
 
 B batch, C channels, H filters, L length, K taps of `h`, K' of `h_reverse`, n FFT length.
 """
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from .fftconv import check_shapes, check_tensors, conv_gradients, fft_length, transform_dtype
-
-
-class _CircularConv(torch.autograd.Function):
-    """The first L values of kernel conv w on a circle of n, forward and backward in real transforms.
-
-    w (B, H, G, L) and kernel (H, n), same dtype; G channels share a filter.
-    """
-
-    @staticmethod
-    def forward(ctx, w: Tensor, kernel: Tensor) -> Tensor:
-        length, n = w.shape[-1], kernel.shape[-1]
-        dtype = transform_dtype(w.dtype, w.device)
-        w_spectrum = torch.fft.rfft(w.to(dtype), n=n)
-        kernel_spectrum = torch.fft.rfft(kernel.to(dtype), n=n).unsqueeze(-2)
-        # spectra of widened signals would take four times the memory of the signals
-        kept = (w_spectrum, kernel_spectrum) if dtype == w.dtype else (w, kernel)
-        ctx.save_for_backward(*kept)
-        ctx.sizes = length, n
-        return torch.fft.irfft(w_spectrum * kernel_spectrum, n=n)[..., :length].to(w.dtype)
-
-    @staticmethod
-    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        return conv_gradients("bidirectional_fftconv", ctx, grad_outputs[0], *ctx.sizes)
-
-
-def _circular_kernel(h: Tensor, h_reverse: Tensor, length: int) -> Tensor:
-    """Both filters on a circle (H, n): lag t at t, the lag of t tokens ahead at n - t, zeros between."""
-    if isinstance(length, torch.SymInt):  # no comparison may depend on it: both filters are made as long as the input
-        h, h_reverse = (pad(taps, (0, length))[:, :length] for taps in (h, h_reverse))
-        return torch.cat([h, h_reverse.flip(-1)], dim=-1)
-    h, h_reverse = h[:, :length], h_reverse[:, : length - 1]
-    n = fft_length(length, max(h.shape[1], h_reverse.shape[1] + 1))
-    return torch.cat([pad(h, (0, n - h.shape[1] - h_reverse.shape[1])), h_reverse.flip(-1)], dim=-1)
+from .engine import Conv, convolve, requested_backend
+from .fftconv import as_wide, check_finite, check_shapes, check_tensors
 
 
 def bidirectional_fftconv(
@@ -60,6 +26,7 @@ def bidirectional_fftconv(
     pregate: Tensor | None = None,
     postgate: Tensor | None = None,
     backend: str | None = None,
+    exact: bool = False,
 ) -> Tensor:
     """Two-sided convolution of every channel with its filters, gates included.
 
@@ -70,7 +37,8 @@ def bidirectional_fftconv(
         direct: Extra tap at lag 0, (H,).
         pregate: Multiplies the input, (B, C, L).
         postgate: Multiplies the output, (B, C, L).
-        backend: `"torch"`, or None to let the function choose.
+        backend: `"torch"`, `"blocked"`, `"matrix"`, or None for the fastest that serves.
+        exact: As in `causal_fftconv`.
 
     Returns:
         (B, C, L), dtype of `u`; formula at the top of this file.
@@ -83,28 +51,17 @@ def bidirectional_fftconv(
     derivative raises. Every output sees the whole row: what is no input must be zero.
     """
     name = "bidirectional_fftconv"
-    if backend not in (None, "torch"):
-        raise ValueError(f"{name} has no backend {backend!r}; choose 'torch' or leave it out")
     gates = {"pregate": pregate, "postgate": postgate}
     check_tensors(name, u, h=h, h_reverse=h_reverse, direct=direct, **gates)
     check_shapes(u, h, direct, gates)
     if h_reverse.ndim != 2 or h_reverse.shape[0] != h.shape[0] or 0 in h_reverse.shape:
         raise ValueError(f"h_reverse must have shape ({h.shape[0]}, K'), K' at least 1, got {tuple(h_reverse.shape)}")
-    dtype = torch.promote_types(
-        torch.promote_types(u.dtype, h.dtype), torch.promote_types(h_reverse.dtype, torch.float32)
-    )
-    batch, channels, length = u.shape
-    filters = h.shape[0]
-
-    w = u.to(dtype) if pregate is None else u.to(dtype) * pregate.to(dtype)
-    w = w.reshape(batch, filters, channels // filters, length)
-    y = _CircularConv.apply(w, _circular_kernel(h.to(dtype), h_reverse.to(dtype), length))
-    if direct is not None:
-        y = torch.addcmul(y, w, direct.to(dtype).view(filters, 1, 1))
-    y = y.reshape(batch, channels, length)
-    if postgate is not None:
-        y = y * postgate.to(dtype)
-    return y.to(u.dtype)
+    backend = requested_backend(name, backend, u)
+    h, h_reverse = as_wide(h, u.dtype), as_wide(h_reverse, u.dtype)
+    direct = None if direct is None else as_wide(direct, u.dtype)
+    y = convolve(Conv(u, h, h_reverse, direct, pregate, postgate, exact), backend)
+    check_finite(name, y, u=u, h=h, h_reverse=h_reverse, direct=direct, **gates)
+    return y
 
 
 __all__ = ["bidirectional_fftconv"]

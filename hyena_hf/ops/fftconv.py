@@ -3,159 +3,81 @@
 
     y = postgate * (h conv w + direct * w),   w = pregate * u,   (h conv w)_t = sum_{s <= t} h_{t-s} w_s
 
-Poli et al. 2023, arXiv 2302.10866, equation 3 and section 3.3: the linear convolution is the circular one of inputs
-padded with zeros. Computed in float32 at least (float64 for float64 inputs), returned in the dtype of `u`.
+Poli et al. 2023, arXiv 2302.10866, equation 3 and section 3.3. Computed in float32 at least (float64 for float64
+inputs), returned in the dtype of `u`; by which backend, `hyena_hf.ops.engine` says.
 
 B batch, C channels, H filters, L length, K taps, n FFT length.
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-def _next_even_5_smooth(n: int) -> int:
-    best = 1 << (n - 1).bit_length() if n > 1 else 2
-    five = 1
-    while five < best:
-        three = five
-        while three < best:
-            rest = -(-n // three)
-            candidate = three << max((rest - 1).bit_length(), 1)
-            best = min(best, candidate)
-            three *= 3
-        five *= 5
-    return best
+from .backends.fft import fft_length
+from .engine import Conv, convolve, requested_backend
 
 
-def _is_11_smooth(n: int) -> bool:
-    for prime in (2, 3, 5, 7, 11):
-        while n % prime == 0:
-            n //= prime
-    return n == 1
+@dataclass(frozen=True)
+class FilterSpectrum:
+    """Filters that have been transformed already, for use in place of `h`; made by `filter_spectrum`.
 
+    Whoever holds it must let it go when the filters change.
 
-def fft_length(length: int, taps: int) -> int:
-    """Smallest convenient FFT size at which `length` inputs and `taps` taps do not wrap around.
-
-    FFT libraries are several times slower at sizes with large prime factors. Twice the length is kept where it has no
-    prime factor above 11, otherwise the next even number without prime factor above 5 is taken.
+    Attributes:
+        h: The taps (H, K).
+        direct: Extra tap at lag 0 (H,), or None.
+        spectrum: Transform of both (H, F, 2), real and imaginary parts.
+        length: Longest input that it serves.
+        exact: Whether it is for `exact` convolutions.
     """
-    needed = length + taps - 1
-    if isinstance(needed, torch.SymInt):
-        # a symbolic length admits no search over factors, and half of an odd one no proof that shapes agree
-        return length + taps if isinstance(taps, torch.SymInt) else 2 * (length + taps)
-    if taps == length and _is_11_smooth(2 * length):
-        return 2 * length
-    return _next_even_5_smooth(max(needed, 2))
+
+    h: Tensor
+    direct: Tensor | None
+    spectrum: Tensor
+    length: int
+    exact: bool
+
+    def spectrum_for(self, function: str, u: Tensor) -> Tensor:
+        """The spectrum, after refusing an input that is too long for it."""
+        if u.ndim == 3 and u.shape[-1] > self.length:
+            raise ValueError(
+                f"{function}: the FilterSpectrum serves inputs of up to {self.length} tokens, but there are "
+                f"{u.shape[-1]}; make a longer one"
+            )
+        return self.spectrum
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(x.nbytes for x in (self.h, self.direct, self.spectrum) if x is not None)
 
 
-@torch.compiler.assume_constant_result  # a compiled graph keeps the setting that it was traced with
-def _wants_exact_float32() -> bool:
-    return torch.get_float32_matmul_precision() == "highest"
-
-
-def transform_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Real dtype of the transforms of inputs in `dtype` (float32 or float64).
-
-    The rounding error of a float32 transform spreads over all its outputs and depends on its size, so on padding and
-    batching; models of order 3 amplify it beyond 1e-5. Float64 transforms, rounded once, leave none of it and slow a
-    whole model by a fifth (both in benchmarks/results/batching.md); only CPUs are sure to have them at such a price.
-    `torch.set_float32_matmul_precision("high")`, torch's switch for faster float32 arithmetic, turns them off.
-    """
-    exact = dtype == torch.float32 and device.type == "cpu" and _wants_exact_float32()
-    return torch.float64 if exact else dtype
-
-
-# Block of the exactly causal form: its lags are summed one by one, longer ones by transforms.
-_TILE = 64
-
-
-def _convolve_tiles(w: Tensor, h: Tensor) -> Tensor:
-    """The convolution without operations on later inputs: exactly causal, not up to rounding.
-
-    Van der Hoeven's relaxed product (2002, "Relax, but don't be too lazy"), with h known: inputs of one tile meet each
-    other in a triangular matrix product; then, for m = 1, 2, 4, ... tiles, the left half of every 2 m tiles acts on
-    the right half by one circular convolution. O(L log^2 L). w (B, H, G, L), h (H, K), K <= L.
-    """
-    *lead, length = w.shape
-    lag = torch.arange(_TILE, device=w.device)
-    lag = lag[:, None] - lag
-    first = torch.nn.functional.pad(h[:, :_TILE], (0, max(_TILE - h.shape[-1], 0)))
-    toeplitz = torch.where(lag >= 0, first[:, lag.clamp(min=0)], 0)  # (H, to, from)
-    tiles = -(-length // _TILE)
-    x = torch.nn.functional.pad(w, (0, tiles * _TILE - length))
-    y = (x.reshape(*lead[:-1], -1, _TILE) @ toeplitz.mT).view(x.shape)
-    half = _TILE
-    while half < x.shape[-1]:
-        pairs = -(-(x.shape[-1] - half) // (2 * half))  # those whose right half exists, whole or in part
-        room = (0, max(2 * half * pairs - x.shape[-1], 0))
-        left = torch.nn.functional.pad(x, room)[..., : 2 * half * pairs].reshape(*lead, pairs, 2, half)[..., 0, :]
-        h_spectrum = torch.fft.rfft(h[:, : 2 * half], n=2 * half)[:, None, None]
-        right = torch.fft.irfft(torch.fft.rfft(left, n=2 * half) * h_spectrum, n=2 * half)[..., half:]
-        later = torch.stack([torch.zeros_like(right), right], dim=-2).view(*lead, -1)[..., : x.shape[-1]]
-        y[..., : later.shape[-1]] += later
-        half *= 2
-    return y[..., :length]
-
-
-def conv_gradients(name: str, ctx: Any, grad: Tensor, length: int, n: int) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of a circular convolution of n points by its input (.., length) and by its kernel (H, n).
+@torch.no_grad()
+def filter_spectrum(h: Tensor, length: int, direct: Tensor | None = None, *, exact: bool = False) -> FilterSpectrum:
+    """Transform filters once for many convolutions by torch's FFT.
 
     Args:
-        name: Of the public function, for the refusal of a second derivative.
-        ctx: Its context; saved are input and kernel, or their spectra, that of the kernel with an axis for channels.
-        grad: Gradient of the output (B, H, G, length).
-        length, n: Length of the input, of the transform.
+        h: Filters (H, K), real.
+        length: Longest input to come.
+        direct: Extra tap at lag 0 (H,).
+        exact: As in `causal_fftconv`.
+
+    Returns:
+        What `causal_fftconv` takes in place of `h`. Gradients do not flow to the filters.
+
+    Raises:
+        ValueError, TypeError: As `causal_fftconv`.
     """
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{name} is differentiable once; call backward or torch.autograd.grad without create_graph=True"
-        )
-    w_spectrum, h_spectrum = ctx.saved_tensors
-    if not w_spectrum.is_complex():
-        dtype = transform_dtype(grad.dtype, grad.device)
-        w_spectrum = torch.fft.rfft(w_spectrum.to(dtype), n=n)
-        h_spectrum = torch.fft.rfft(h_spectrum.to(dtype), n=n).unsqueeze(-2)
-    # correlation with a signal is convolution with its reversal: the conjugate spectrum
-    spectrum = torch.fft.rfft(grad.to(w_spectrum.real.dtype), n=n)
-    grad_w = grad_h = None
-    if ctx.needs_input_grad[0]:
-        grad_w = torch.fft.irfft(spectrum * h_spectrum.conj(), n=n)[..., :length].to(grad.dtype)
-    if ctx.needs_input_grad[1]:
-        grad_h = torch.fft.irfft((spectrum * w_spectrum.conj()).sum(dim=(0, 2)), n=n).to(grad.dtype)
-    return grad_w, grad_h
-
-
-class _CausalConv(torch.autograd.Function):
-    """h conv w with the backward pass in real transforms; autograd's own would use complex ones of twice the size.
-
-    w (B, H, G, L) and h (H, K), same dtype, K <= L; G channels share a filter.
-    """
-
-    @staticmethod
-    def forward(ctx, w: Tensor, h: Tensor) -> Tensor:
-        length, taps = w.shape[-1], h.shape[-1]
-        n = fft_length(length, taps)
-        dtype = transform_dtype(w.dtype, w.device)
-        ctx.sizes = length, taps, n
-        if dtype == torch.float64 and w.dtype == dtype and not isinstance(length, torch.SymInt):
-            ctx.save_for_backward(w, h)
-            return _convolve_tiles(w, h)
-        w_spectrum = torch.fft.rfft(w.to(dtype), n=n)
-        h_spectrum = torch.fft.rfft(h.to(dtype), n=n).unsqueeze(-2)
-        if dtype == w.dtype:
-            ctx.save_for_backward(w_spectrum, h_spectrum)
-        else:  # spectra would take four times the memory of the signals
-            ctx.save_for_backward(w, h)
-        return torch.fft.irfft(w_spectrum * h_spectrum, n=n)[..., :length].to(w.dtype)
-
-    @staticmethod
-    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        length, taps, n = ctx.sizes
-        grad_w, grad_h = conv_gradients("causal_fftconv", ctx, grad_outputs[0], length, n)
-        return grad_w, None if grad_h is None else grad_h[..., :taps]
+    if length < 1:
+        raise ValueError(f"length ({length}) must be at least 1")
+    check_tensors("filter_spectrum", h, direct=direct)
+    check_shapes(h.unsqueeze(0), h, direct, {})
+    h = as_wide(h, h.dtype)[:, :length]
+    direct = None if direct is None else as_wide(direct, h.dtype)
+    conv = Conv(h.unsqueeze(0), h, None, direct, None, None, exact)
+    work = conv.work("torch", fft_length(length, h.shape[1]))
+    spectrum = torch.view_as_real(conv.kernel().transform(slice(None), work).squeeze(1))
+    return FilterSpectrum(h.detach(), None if direct is None else direct.detach(), spectrum, length, exact)
 
 
 def check_tensors(function: str, u: Tensor, **tensors: Tensor | None) -> None:
@@ -165,6 +87,18 @@ def check_tensors(function: str, u: Tensor, **tensors: Tensor | None) -> None:
             raise TypeError(f"{function} takes real floating-point tensors, got {name} of {tensor.dtype}")
         if tensor is not None and tensor.device != u.device:
             raise ValueError(f"{name} lies on {tensor.device} but u on {u.device}; move them to one device")
+        exact = u.dtype if name.endswith("gate") else torch.promote_types(u.dtype, torch.float32)
+        fits = tensor is None or (tensor.dtype == exact if name.endswith("gate") else _holds(exact, tensor.dtype))
+        if tensor is not None and not fits:
+            raise TypeError(
+                f"{name} is {tensor.dtype} but u {u.dtype}; gates need the dtype of u, filters one that {exact} can "
+                f"hold: convert one of them"
+            )
+
+
+def _holds(wide: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether a conversion to `wide` loses nothing."""
+    return torch.promote_types(wide, dtype) == wide
 
 
 def check_shapes(u: Tensor, h: Tensor, direct: Tensor | None, gates: dict[str, Tensor | None]) -> None:
@@ -185,51 +119,85 @@ def check_shapes(u: Tensor, h: Tensor, direct: Tensor | None, gates: dict[str, T
             raise ValueError(f"{name} must have the shape of u, {tuple(u.shape)}, got {tuple(gate.shape)}")
 
 
+def as_wide(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the dtype of the sums for inputs of a dtype, float32 at least."""
+    return x.to(torch.promote_types(dtype, torch.float32))
+
+
+def check_finite(function: str, y: Tensor, **tensors: Tensor | None) -> None:
+    """Refuse what is no number: one such value spreads over a whole row, earlier outputs included.
+
+    On accelerators and in compiled graphs nothing is looked at: it would wait for the device.
+    """
+    if torch.compiler.is_compiling() or y.device.type != "cpu" or bool(y.detach().sum().isfinite()):
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            where = tuple((~tensor.isfinite()).nonzero()[0].tolist())
+            raise ValueError(
+                f"{function}: {name} holds {tensor[where].item()} at {where}, which would spread over the whole row; "
+                f"mask or repair it first"
+            )
+
+
 def causal_fftconv(
     u: Tensor,
-    h: Tensor,
+    h: Tensor | FilterSpectrum,
     direct: Tensor | None = None,
     *,
     pregate: Tensor | None = None,
     postgate: Tensor | None = None,
     backend: str | None = None,
+    exact: bool = False,
 ) -> Tensor:
     """Causal convolution of every channel with its filter, gates included.
 
     Args:
-        u: Input, real, (B, C, L).
-        h: Filters, real, (H, K); channel c uses filter c // (C // H). K may be below or above L.
-        direct: Extra tap at lag 0, (H,).
+        u: Input, real, (B, C, L), in any memory layout.
+        h: Filters, real, (H, K); channel c uses filter c // (C // H). K may be below or above L. The dtype of `u`, or
+            float32 where that is half. Or what `filter_spectrum` returned.
+        direct: Extra tap at lag 0, (H,); with a `FilterSpectrum` given there.
         pregate: Multiplies the input, (B, C, L).
         postgate: Multiplies the output, (B, C, L).
-        backend: `"torch"`, or None to let the function choose.
+        backend: One of `hyena_hf.ops.engine.BACKENDS`, or None for the fastest that serves.
+        exact: Sum float32 convolutions on a CPU in float64 and round once (unless
+            `torch.set_float32_matmul_precision("high")` says otherwise): outputs then are the same bits whatever stands
+            behind them. About 2.5 times the time.
 
     Returns:
         postgate * (h conv w + direct * w) with w = pregate * u, (B, C, L), dtype of `u`.
 
     Raises:
-        ValueError: Shapes, devices or the backend do not fit.
-        TypeError: A tensor is complex or integer.
+        ValueError: Shapes or devices do not fit, the backend does not exist or cannot serve, or a value is not finite
+            (looked for on CPUs only).
+        TypeError: A tensor is complex or integer, or dtypes do not fit.
 
     O(B C L log L) time. Differentiable once in all tensors; a second derivative raises.
     """
-    if backend not in (None, "torch"):
-        raise ValueError(f"causal_fftconv has no backend {backend!r}; choose 'torch' or leave it out")
+    name = "causal_fftconv"
+    spectrum = None
+    if isinstance(h, FilterSpectrum):
+        if direct is not None:
+            raise ValueError(f"{name} got direct beside a FilterSpectrum; give it to filter_spectrum")
+        if exact != h.exact:
+            raise ValueError(f"exact is {exact}, but the FilterSpectrum was made with exact={h.exact}")
+        h, direct, spectrum = h.h, h.direct, h.spectrum_for(name, u)
     gates = {"pregate": pregate, "postgate": postgate}
-    check_tensors("causal_fftconv", u, h=h, direct=direct, **gates)
+    check_tensors(name, u, h=h, direct=direct, **gates)
     check_shapes(u, h, direct, gates)
-    dtype = torch.promote_types(torch.promote_types(u.dtype, h.dtype), torch.float32)
-    batch, channels, length = u.shape
-    filters, taps = h.shape
-    if not isinstance(length, torch.SymInt):  # where the length is a symbol no comparison may depend on it
-        taps = min(taps, length)
+    backend = requested_backend(name, backend, u)
+    h, direct = as_wide(h, u.dtype), None if direct is None else as_wide(direct, u.dtype)
+    y = convolve(Conv(u, h, None, direct, pregate, postgate, exact), backend, spectrum)
+    check_finite(name, y, u=u, h=h, direct=direct, **gates)
+    return y
 
-    w = u.to(dtype) if pregate is None else u.to(dtype) * pregate.to(dtype)
-    w = w.reshape(batch, filters, channels // filters, length)
-    y = _CausalConv.apply(w, h[:, :taps].to(dtype))
-    if direct is not None:
-        y = torch.addcmul(y, w, direct.to(dtype).view(filters, 1, 1))
-    y = y.reshape(batch, channels, length)
-    if postgate is not None:
-        y = y * postgate.to(dtype)
-    return y.to(u.dtype)
+
+__all__ = [
+    "FilterSpectrum",
+    "as_wide",
+    "causal_fftconv",
+    "check_finite",
+    "check_shapes",
+    "check_tensors",
+    "filter_spectrum",
+]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keep an operator's arithmetic in the dtype of its tensors."""
+"""Choose the arithmetic of an operator: the dtype of its sums, and no half precision under autocast."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -11,3 +11,17 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def transform_dtype(dtype: torch.dtype, device: torch.device, exact: bool) -> torch.dtype:
+    """Real dtype of the transforms of inputs in `dtype`, at least float32.
+
+    The rounding error of a float32 transform spreads over all its outputs and depends on its size, so on padding and
+    batching. One convolution a layer keeps logits within 4e-6; layers of order 3 amplify it beyond 1e-5 (both in
+    benchmarks/results/batching.md), so they ask for `exact` sums: float64 transforms, rounded once. Only CPUs are sure
+    to have them at a bearable price, and `torch.set_float32_matmul_precision("high")`, torch's switch for faster
+    float32 arithmetic, turns them off.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    wants = exact and device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+    return torch.float64 if wants else wide

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An order-2 Hyena operator between its two projections, in one pass over blocks of channels.
+
+    x_0, x_1, v = short_conv(p);   y = x_0 * (h conv w + direct * w),   w = x_1 * v
+
+Poli et al. 2023, arXiv 2302.10866, definition 3.1. Written as separate operations the short convolution and the gates
+cost more than the long convolution: they read and write every number of p several times from memory. Here a block of
+channels stays in the cache from p to y: the short convolution is a sum of shifted taps, the first gate is multiplied
+into the zero-padded buffer of the FFT, the second one on the way out. Backward keeps p and the convolution's output
+alone and computes gates and spectra again.
+
+Measured against the published operator in benchmarks/results/mixer.md.
+
+B batch, D channels, L length, K taps of the short convolution, n FFT length.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends.fft import Kernel, Work, block_floats, fft_length
+from .fftconv import FilterSpectrum, check_finite, check_tensors
+from .precision import transform_dtype
+from .short_conv import add_taps, add_taps_transposed, tap_gradients
+
+
+def _work(p: Tensor, taps: int, spectrum: Tensor | None) -> Work:
+    n = fft_length(p.shape[-1], min(taps, p.shape[-1])) if spectrum is None else 2 * spectrum.shape[1] - 2
+    return Work(n, transform_dtype(p.dtype, p.device, exact=False), block_floats(n, p.device))
+
+
+def _kernel(p: Tensor, h: Tensor, direct: Tensor, spectrum: Tensor | None) -> Kernel:
+    values = None if spectrum is None else torch.view_as_complex(spectrum)
+    return Kernel(h[:, : p.shape[-1]], direct=direct, spectrum=values)
+
+
+def _streams(x: Tensor) -> Tensor:
+    """(.., 3 D, ..) as (3, D, ..); the first axis of x (B, 3 D, L) or parameters (3 D, ..)."""
+    return x.unflatten(0, (3, -1))
+
+
+class _Taps:
+    """The short convolution of a block of channels, weight (3, D, K) and bias (3, D) or None."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = _streams(weight), None if bias is None else _streams(bias)
+
+    def into(self, out: Tensor, x: Tensor, stream: int, part: slice) -> Tensor:
+        """out = short convolution of x (m, L)."""
+        add_taps(out, x, self.weight[stream, part], None if self.bias is None else self.bias[stream, part])
+        return out
+
+
+def _rows(channels: int, work: Work) -> int:
+    return min(max(work.floats // work.n, 2), channels)
+
+
+@torch.library.custom_op("hyena_hf::hyena_conv", mutates_args=())
+def _hyena_conv(
+    p: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    direct: Tensor,
+    spectrum: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """y and what backward wants again, h conv w + direct * w, or an empty tensor."""
+    batch, length, channels = p.shape[0], p.shape[-1], h.shape[0]
+    work, kernel, taps = _work(p, h.shape[1], spectrum), _kernel(p, h, direct, spectrum), _Taps(weight, bias)
+    y = p.new_empty(batch, channels, length)
+    kept = torch.empty_like(y) if keep else p.new_empty(0)
+    rows = _rows(channels, work)
+    buffer, spare = p.new_zeros(rows, work.n, dtype=work.dtype), p.new_empty(rows, length)
+    for start in range(0, channels, rows):
+        part = slice(start, min(start + rows, channels))
+        room, gate = buffer[: part.stop - start], spare[: part.stop - start]
+        kernel_spectrum = kernel.transform(part, work).squeeze(1)
+        for b in range(batch):
+            x = _streams(p[b])[:, part]
+            w = taps.into(room[:, :length], x[1], 1, part)
+            w.mul_(taps.into(gate, x[2], 2, part))
+            z = torch.fft.irfft(torch.fft.rfft(room).mul_(kernel_spectrum), n=work.n)[:, :length]
+            torch.mul(taps.into(gate, x[0], 0, part), z, out=y[b, part])
+            if keep:
+                kept[b, part] = z
+    return y, kept
+
+
+@_hyena_conv.register_fake
+def _(p, weight, bias, h, direct, spectrum, keep):  # noqa: ANN001, ANN202, ARG001
+    y = p.new_empty(p.shape[0], h.shape[0], p.shape[-1])
+    return y, torch.empty_like(y) if keep else p.new_empty(0)
+
+
+@torch.library.custom_op("hyena_hf::hyena_conv_backward", mutates_args=())
+def _hyena_conv_backward(
+    grad: Tensor,
+    kept: Tensor,
+    p: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    direct: Tensor,
+    spectrum: Tensor | None,
+    needs_filter: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of p, weight, bias, h and direct; empty ones of an absent bias and of filters that need none."""
+    batch, length, channels = p.shape[0], p.shape[-1], h.shape[0]
+    work, kernel, taps = _work(p, h.shape[1], spectrum), _kernel(p, h, direct, spectrum), _Taps(weight, bias)
+    grad_p, grad_weight = torch.empty_like(p, memory_format=torch.contiguous_format), torch.zeros_like(weight)
+    grad_bias = p.new_empty(0) if bias is None else torch.zeros_like(bias)
+    grad_h = torch.zeros_like(h, memory_format=torch.contiguous_format) if needs_filter else h.new_empty(0)
+    grad_direct = torch.zeros_like(direct) if needs_filter else direct.new_empty(0)
+    rows = _rows(channels, work)
+    inputs, later = (p.new_zeros(rows, work.n, dtype=work.dtype) for _ in range(2))
+    spare = p.new_empty(3, rows, length)
+    for start in range(0, channels, rows):
+        part = slice(start, min(start + rows, channels))
+        m = part.stop - start
+        room, w, dz = inputs[:m], inputs[:m, :length], later[:m, :length]
+        gate, key, value = spare[:, :m]
+        kernel_spectrum = kernel.transform(part, work).squeeze(1).conj_physical_()
+        total = None
+        for b in range(batch):
+            x, g, into = _streams(p[b])[:, part], grad[b, part], _streams(grad_p[b])[:, part]
+            for stream, out in enumerate((gate, key, value)):
+                taps.into(out, x[stream], stream, part)
+            torch.mul(g, gate, out=dz)
+            torch.mul(g, kept[b, part], out=gate)  # from here on the gradient of x_0
+            spectrum_dz = torch.fft.rfft(later[:m])
+            if needs_filter:
+                torch.mul(key, value, out=w)
+                grad_direct[part] += (w * dz).sum(-1)
+                product = torch.fft.rfft(room).conj_physical_().mul_(spectrum_dz)
+                total = product if total is None else total.add_(product)
+            dw = torch.fft.irfft(spectrum_dz.mul_(kernel_spectrum), n=work.n)[:, :length]
+            torch.mul(dw, value, out=w)  # of x_1
+            key.mul_(dw)  # of v
+            for stream, found in enumerate((gate, w, key)):
+                add_taps_transposed(into[stream], found, _streams(weight)[stream, part])
+                tap_gradients(_streams(grad_weight)[stream, part], found, x[stream])
+                if bias is not None:
+                    _streams(grad_bias)[stream, part] += found.sum(-1)
+        if total is not None:
+            found = torch.fft.irfft(total, n=work.n)
+            grad_h[part, :length] = found[:, : min(length, h.shape[1])]
+    return grad_p, grad_weight, grad_bias, grad_h, grad_direct
+
+
+@_hyena_conv_backward.register_fake
+def _(grad, kept, p, weight, bias, h, direct, spectrum, needs_filter):  # noqa: ANN001, ANN202, ARG001
+    def like(x: Tensor | None, need: bool = True) -> Tensor:
+        return p.new_empty(x.shape, dtype=x.dtype) if x is not None and need else p.new_empty(0)
+
+    return like(p), like(weight), like(bias), like(h, needs_filter), like(direct, needs_filter)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], *inputs[:6])
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "hyena_conv is differentiable once; call backward or torch.autograd.grad without create_graph=True"
+        )
+    _, _, needs_bias, needs_h, needs_direct, *_ = ctx.needs_input_grad
+    grads = _hyena_conv_backward(grad, *ctx.saved_tensors, needs_h or needs_direct)
+    of_p, of_weight, of_bias, of_h, of_direct = grads
+    of_bias = of_bias if needs_bias else None
+    return of_p, of_weight, of_bias, of_h if needs_h else None, of_direct if needs_direct else None, None, None
+
+
+_hyena_conv.register_autograd(_backward, setup_context=_setup_context)
+
+
+def hyena_conv(
+    p: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor | FilterSpectrum,
+    direct: Tensor | None = None,
+) -> Tensor:
+    """Short convolution, gates and long convolution of an order-2 Hyena operator.
+
+    Args:
+        p: Projections x_0, x_1, v below each other, float32 or float64, (B, 3 D, L).
+        weight: Taps of the short convolution, the last one for the current token, (3 D, K).
+        bias: (3 D,) or None.
+        h: Long filters (D, taps), or what `filter_spectrum` made of them.
+        direct: Extra tap at lag 0 (D,); None with a `FilterSpectrum`.
+
+    Returns:
+        (B, D, L), contiguous.
+
+    Raises:
+        ValueError, TypeError: Shapes, devices or dtypes do not fit.
+
+    Fastest on CPUs. Differentiable once in all tensors but a `FilterSpectrum`. Causal to rounding, in the dtype of `p`.
+    """
+    spectrum = None
+    if isinstance(h, FilterSpectrum):
+        h, direct, spectrum = h.h, h.direct, h.spectrum_for("hyena_conv", p)
+    if direct is None:
+        direct = h.new_zeros(h.shape[0])
+    tensors = {"weight": weight, "bias": bias, "h": h, "direct": direct}
+    check_tensors("hyena_conv", p, **tensors)
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != p.dtype:
+            raise TypeError(f"hyena_conv computes in one dtype, but p is {p.dtype} and {name} {tensor.dtype}")
+    if p.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"hyena_conv takes float32 or float64, got {p.dtype}; convert p")
+    if p.ndim != 3 or h.ndim != 2 or p.shape[1] != 3 * h.shape[0] or 0 in (*p.shape, *h.shape):
+        raise ValueError(f"expected p (B, 3 D, L) and h (D, K), got {tuple(p.shape)} and {tuple(h.shape)}")
+    if weight.ndim != 2 or weight.shape[0] != p.shape[1] or (bias is not None and bias.shape != p.shape[1:2]):
+        shape = None if bias is None else tuple(bias.shape)
+        raise ValueError(f"expected weight (3 D, K) and bias (3 D,), got {tuple(weight.shape)} and {shape}")
+    if direct.shape != h.shape[:1]:
+        raise ValueError(f"direct must have shape ({h.shape[0]},), one value a filter, got {tuple(direct.shape)}")
+    wanted = any(x is not None and x.requires_grad for x in (p, *tensors.values()))
+    y = _hyena_conv(p, weight, bias, h, direct, spectrum, torch.is_grad_enabled() and wanted)[0]
+    check_finite("hyena_conv", y, p=p, **tensors)
+    return y
+
+
+__all__ = ["hyena_conv"]
