@@ -105,7 +105,12 @@ class HyenaConfig(PreTrainedConfig):
             `"implicit"` (default) or `"explicit"`.
         filter_length (`int` or `list[int]`, *optional*): Number of taps (one value, or one a layer). An explicit
             filter has this many parameters a head (None: `max_position_embeddings`); an implicit one is zero from this
-            lag on (None: never), a partial convolution.
+            lag on (None: never), a partial convolution. A filter that ends within `max_position_embeddings` never
+            extrapolates, however long the input.
+        frequency_sparsity (`float`): Share of every filter's spectrum that is zero, the highest frequencies, at least
+            0 and below 1. With K taps (`filter_length`, or `max_position_embeddings` where that is None) the filter is
+            the first K taps of `irfft(mask * rfft(taps, 2 * K))` and ends there: causal, and the same for every length
+            of the input. Cut off so, its spectrum is small where it was zero: no causal filter has an empty band.
         filter_hidden_size (`int`): Width of the filter's sine MLP.
         filter_num_layers (`int`): Linear layers of the filter's MLP, first and last included; at least 2.
         filter_num_bands (`int`): K frequency bands give 2K + 1 positional features.
@@ -131,7 +136,7 @@ class HyenaConfig(PreTrainedConfig):
         sliding_window (`int`, *optional*): Tokens that a `"sliding_attention"` layer sees, the current one included.
         rope_parameters (`dict`, *optional*): Rotary position embedding of the attention layers, in transformers' form.
         beyond_trained_length (`str`): What to do with inputs longer than `max_position_embeddings`: `"extrapolate"`
-            or `"refuse"`.
+            or `"refuse"`, which refuses them also where every filter ends before.
         residual_in_fp32 (`bool`): Keep the residual stream of a half-precision model in float32.
         initializer_range (`float`): Standard deviation of the initial weights.
         embed_dropout, resid_dropout, hyena_dropout, attention_dropout (`float`): Dropout after the embedding, after
@@ -159,6 +164,7 @@ class HyenaConfig(PreTrainedConfig):
     layer_types: ResolvedNames = None
     filter_types: ResolvedNames = None
     filter_length: int | list[int] | None = None
+    frequency_sparsity: float | int = 0.0
     filter_hidden_size: int = 64
     filter_num_layers: int = 4
     filter_num_bands: int = 16
@@ -238,7 +244,7 @@ class HyenaConfig(PreTrainedConfig):
     def filter_support(self, layer: int) -> int | None:
         """Taps of the filter of one layer; None where it never ends."""
         length = self.filter_length[layer] if isinstance(self.filter_length, list) else self.filter_length
-        if length is None and self.filter_types[layer] == "explicit":
+        if length is None and (self.frequency_sparsity or self.filter_types[layer] == "explicit"):
             return self.max_position_embeddings
         return length
 
@@ -279,6 +285,7 @@ class HyenaConfig(PreTrainedConfig):
         self._validate_sizes()
         self._validate_ranges()
         self._validate_heads()
+        self._validate_sparsity()
         if self.has_attention:
             self._validate_attention()
         if self.hidden_act not in ACT2FN:
@@ -320,7 +327,7 @@ class HyenaConfig(PreTrainedConfig):
                 raise ValueError(f"{name} ({getattr(self, name)}) must be a finite number")
         if not 0 < self.modulation_target < 1:
             raise ValueError(f"modulation_target ({self.modulation_target}) must lie between 0 and 1")
-        for name in ("embed_dropout", "resid_dropout", "hyena_dropout", "attention_dropout"):
+        for name in ("frequency_sparsity", "embed_dropout", "resid_dropout", "hyena_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0 and below 1")
 
@@ -343,6 +350,20 @@ class HyenaConfig(PreTrainedConfig):
             )
         if self.use_cache and not self.is_causal:
             raise ValueError("use_cache is True but is_causal False: later tokens change earlier ones; leave it out")
+
+    def _validate_sparsity(self) -> None:
+        endless = self.beyond_trained_length == "extrapolate" and not self.trainable_positional_features
+        if not self.frequency_sparsity or endless:
+            return
+        for layer, mixer in enumerate(self.layer_types):
+            support = self.filter_support(layer) or 0
+            beyond = support > self.max_position_embeddings
+            if mixer == "hyena" and self.filter_types[layer] == "implicit" and beyond:
+                raise ValueError(
+                    f"frequency_sparsity ({self.frequency_sparsity}) needs all taps of a filter, but filter_length "
+                    f"({support}) exceeds max_position_embeddings ({self.max_position_embeddings}), behind which this "
+                    f"model has none; shorten filter_length"
+                )
 
     def _validate_attention(self) -> None:
         heads, groups = self.num_attention_heads, self.num_key_value_heads

@@ -8,6 +8,7 @@ lag n and trained length M, theta_{n,b} = 2 pi n f_b / M and f_b = linspace(1e-4
     h_n = MLP(z_n) * (exp(-t_n |decay|) + shift)                       sine MLP and exponential modulation
 
 so it does not depend on the length of the input: a shorter input uses a prefix. An explicit filter is its own taps.
+Either may have its high frequencies removed, see `without_high_frequencies`.
 A bidirectional model has as many filters again over later tokens, `forward(length, reverse=True)`.
 
 Filters stay in float32 when a model is moved to a half-precision dtype (float64 follows `double()`): rounding a tap to
@@ -16,14 +17,51 @@ bfloat16 costs more than rounding a weight, since its error is summed over the w
 
 import itertools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .configuration_hyena import HyenaConfig
 from .ops.precision import without_autocast
+
+
+# Lags whose features and hidden units are evaluated at once, and those whose taps are: a tile stays in a processor's
+# cache. On other devices starting a kernel costs more than memory does.
+_TILE, _BLOCK, _DEVICE_TILE = 2048, 512, 16384
+# Matrix products of a width that this does not divide sum their last columns in another order: filters are evaluated
+# up to the next multiple, so that a prefix has the same bits.
+_STEP = 16
+
+# Numbers in the rows that are low-passed at once.
+_FFT_BLOCK = 2**22
+
+# sin x = x (s_0 + s_1 x^2 + ...), cos x = c_0 + c_1 x^2 + ... for |x| <= pi / 4, see `_cosine_and_sine`
+_SINE = (1.0, *map(float.fromhex, ("-0x1.555545995a603p-3", "0x1.1107605230bc4p-7", "-0x1.994eb3774cf24p-13")))
+_COSINE = (
+    1.0,
+    *map(float.fromhex, ("-0x1.ffffffd0c621cp-2", "0x1.55553e1068f19p-5")),
+    *map(float.fromhex, ("-0x1.6c087e89a359dp-10", "0x1.99343027bf8c3p-16")),
+)
+
+
+def _tiles(length: int, device: torch.device) -> list[slice]:
+    """Consecutive lags 0 to length - 1, at least one slice."""
+    size = _TILE if device.type == "cpu" else _DEVICE_TILE
+    return [slice(start, min(start + size, length)) for start in range(0, max(length, 1), size)]
+
+
+def _room(filters: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty tensor (filters, length).
+
+    On a processor it is numpy's: that asks Linux for huge pages, and fetching a long filter's memory page by page
+    costs as much as computing what goes there.
+    """
+    if device.type != "cpu":
+        return torch.empty(filters, length, dtype=dtype, device=device)
+    return torch.from_numpy(np.empty((filters, length), np.float64 if dtype == torch.float64 else np.float32))
 
 
 def _filter_dtype() -> torch.dtype:
@@ -57,6 +95,48 @@ def filter_times(length: int, trained_length: int, device: torch.device | None =
     return float32_linspace(0.0, 1.0, trained_length, torch.arange(length, device=device))
 
 
+def filter_turns(length: int, trained_length: int, device: torch.device | None = None) -> Tensor:
+    """2 pi n / M of every lag in float32 (length,)."""
+    return 2 * math.pi * torch.arange(length, device=device).to(torch.float32) / trained_length
+
+
+def band_frequencies(num_bands: int, device: torch.device | None = None) -> Tensor:
+    """f_b in float32 (num_bands,)."""
+    return float32_linspace(1e-4, num_bands - 1, num_bands, torch.arange(num_bands, device=device))
+
+
+def _cosine_and_sine(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of float32 angles, to the bit as the published tables have them, without complex numbers.
+
+    Those were made by the C library's `sincosf` (glibc 2.28 and later, x86), which is not correctly rounded: library
+    functions give other last bits in 1 to 5 of 100 places. So its steps are taken here: the angle less a multiple of
+    pi / 2 in float64, two polynomials, one rounding.
+    """
+    if angles.device.type == "mps":  # has no float64
+        return torch.cos(angles), torch.sin(angles)
+    exact = angles.to(torch.float64)
+    quarter = torch.round(exact * (2 / math.pi))
+    x = torch.sub(exact, quarter, alpha=math.pi / 2)
+    square = x * x
+    sine = ((_SINE[3] * square).add_(_SINE[2]).mul_(square).add_(_SINE[1])).mul_(square).mul_(x).add_(x)
+    cosine = (_COSINE[4] * square).add_(_COSINE[3]).mul_(square).add_(_COSINE[2])
+    cosine = cosine.mul_(square).add_(_COSINE[1]).mul_(square).add_(_COSINE[0])
+    # cos and sin of the quarter turns: 1, 0, -1, 0 and 0, 1, 0, -1; products with them are exact
+    quarter = torch.sub(quarter, torch.floor(quarter * 0.25), alpha=4)
+    across = 1 - (quarter - 1).abs()
+    along = (quarter - 2).abs() - 1
+    return (
+        (cosine * along).addcmul_(sine, across, value=-1).to(torch.float32),
+        (sine * along).addcmul_(cosine, across).to(torch.float32),
+    )
+
+
+def _features_over_time(times: Tensor, turns: Tensor, frequencies: Tensor) -> Tensor:
+    """The positional features with time last, (2K + 1, length)."""
+    cosine, sine = _cosine_and_sine(frequencies.unsqueeze(-1) * turns)
+    return torch.cat([times.unsqueeze(0), cosine, -sine])
+
+
 def positional_features(
     length: int, trained_length: int, num_bands: int, device: torch.device | None = None
 ) -> Tensor:
@@ -65,13 +145,8 @@ def positional_features(
     Published weights were trained on float32 angles, so they are formed in float32 here too: in float64 from the start
     the features of a trained model would differ by 1e-6.
     """
-    lags = torch.arange(length, device=device)
-    frequencies = float32_linspace(1e-4, num_bands - 1, num_bands, torch.arange(num_bands, device=lags.device))
-    angles = frequencies * (2 * math.pi * lags.to(torch.float32) / trained_length).unsqueeze(-1)  # (length, K)
-    # the complex exponential of the published code: cosines of the same angles differ from it in the last bit
-    waves = torch.exp(-1j * angles)
-    times = filter_times(length, trained_length, lags.device).unsqueeze(-1)
-    return torch.cat([times, waves.real, waves.imag], dim=-1)
+    times, turns = filter_times(length, trained_length, device), filter_turns(length, trained_length, device)
+    return _features_over_time(times, turns, band_frequencies(num_bands, device)).mT.contiguous()
 
 
 def decay_rates(config: HyenaConfig) -> Tensor:
@@ -80,6 +155,30 @@ def decay_rates(config: HyenaConfig) -> Tensor:
     count = (config.order - 1) * config.num_filters
     rates = float32_linspace(logarithm / config.slow_decay, logarithm / config.fast_decay, count, torch.arange(count))
     return rates.view(config.order - 1, config.num_filters)
+
+
+def without_high_frequencies(h: Tensor, sparsity: float) -> Tensor:
+    """The first K taps of irfft(mask * rfft(h, 2K)) for filters of K taps, a low-pass that leaves them causal.
+
+    FlashFFTConv (Fu et al. 2023, arXiv 2311.05908) zeroes such a share of the spectrum in the convolution
+    itself. No causal filter vanishes on a band (Paley and Wiener 1934, theorem XII), so there outputs see later
+    tokens; here the taps that the mask puts before lag 0 are cut off again. Done with `torch.fft`, also when traced.
+
+    Args:
+        h: All taps (..., K), float32 or float64.
+        sparsity: Share of the K + 1 frequencies from 0 to Nyquist that the mask zeroes, the highest ones; rounded to
+            whole frequencies. Frequency 0 always stays.
+
+    Returns:
+        Taps (..., K).
+    """
+    length = h.shape[-1]
+    kept = length + 1 - min(round(sparsity * (length + 1)), length)
+    rows = h.flatten(0, -2)
+    # blocks bound the memory of spectra; `irfft` reads the missing frequencies as zero
+    blocks = rows.split(max(1, _FFT_BLOCK // length)) if kept <= length else ()
+    filtered = [torch.fft.irfft(torch.fft.rfft(b, 2 * length)[:, :kept], 2 * length)[:, :length] for b in blocks]
+    return torch.cat(filtered).view(h.shape) if filtered else h
 
 
 class AtLeastFloat32(nn.Module):
@@ -101,11 +200,13 @@ class LongFilter(AtLeastFloat32):
     Attributes:
         is_causal: Whether there are no taps for later tokens.
         support: Lag from which all taps are zero; None for a filter that never ends.
+        frequency_sparsity: Share of the highest frequencies that is removed; above 0 only with a support.
         max_length: Longest filter that can be evaluated; None for no bound.
     """
 
     is_causal: bool = True
     support: int | None = None
+    frequency_sparsity: float = 0.0
     max_length: int | None = None
 
     def forward(self, length: int, *, reverse: bool = False) -> Tensor:
@@ -128,12 +229,14 @@ class LongFilter(AtLeastFloat32):
         return taps if inside == length else nn.functional.pad(taps, (0, length - inside))
 
     def exact_taps(self, length: int, *, reverse: bool = False) -> Tensor:
-        """`taps` in the filter's own dtype, also where autocast would run its layers in half precision."""
+        """Taps within the support in the filter's own dtype, also where autocast would run in half precision."""
         with without_autocast(next(self.parameters()).device):
-            return self.taps(length, reverse)
+            if self.support is None or not self.frequency_sparsity:
+                return self.taps(length, reverse)
+            return without_high_frequencies(self.taps(self.support, reverse), self.frequency_sparsity)[..., :length]
 
     def taps(self, length: int, reverse: bool) -> Tensor:
-        """The first taps within the support, as in `forward`."""
+        """The first taps within the support, with all their frequencies."""
         raise NotImplementedError
 
 
@@ -168,17 +271,18 @@ class FilterLinear(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) -> (..., outputs) in the dtype of x: sharded training may hand over weights in bfloat16."""
-        return nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+    def forward(self, dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in a dtype, times a factor for each output (outputs,).
 
-
-class FilterOutput(FilterLinear):
-    """The last layer of a filter, whose output has time last: (length, inputs) -> (outputs, length)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The taps before modulation."""
-        return self.weight.to(x.dtype) @ x.mT
+        A call, so that hooks which fetch a sharded or offloaded weight see it; copies, because they take it away
+        again.
+        """
+        weight = self.weight.to(dtype, copy=True)
+        bias = None if self.bias is None else self.bias.to(dtype, copy=True)
+        if scale is None:
+            return weight, bias
+        scale = scale.to(dtype)
+        return weight * scale.unsqueeze(-1), None if bias is None else bias * scale
 
 
 class ImplicitFilter(LongFilter):
@@ -197,7 +301,7 @@ class ImplicitFilter(LongFilter):
         self.trained_length = config.max_position_embeddings
         self.num_bands = config.filter_num_bands
         self.shift = config.modulation_shift
-        self.support = config.filter_support(layer_idx)
+        self.support, self.frequency_sparsity = config.filter_support(layer_idx), config.frequency_sparsity
         dtype = _filter_dtype()
         if config.beyond_trained_length == "refuse" or config.trainable_positional_features:
             self.max_length = self.trained_length
@@ -210,12 +314,12 @@ class ImplicitFilter(LongFilter):
         sizes = [2 * self.num_bands + 1, *[width] * (config.filter_num_layers - 1)]
         outputs = (self.order - 1) * self.num_heads
         self.layers = nn.ModuleList(FilterLinear(a, b, dtype) for a, b in itertools.pairwise(sizes))
-        self.output = FilterOutput(width, outputs, dtype, bias=False)
+        self.output = FilterLinear(width, outputs, dtype, bias=False)
         # later tokens have an MLP of their own; all else is shared, as in Monarch Mixer
         self.reverse_layers = self.reverse_output = None
         if not config.is_causal:
             self.reverse_layers = nn.ModuleList(FilterLinear(a, b, dtype) for a, b in itertools.pairwise(sizes))
-            self.reverse_output = FilterOutput(width, outputs, dtype, bias=False)
+            self.reverse_output = FilterLinear(width, outputs, dtype, bias=False)
         # one frequency per hidden unit, shared by all layers as in the published models
         self.frequency = nn.Parameter(torch.full((width,), float(config.sine_frequency), dtype=dtype))
         # a buffer although computable: a published file may hold other rates
@@ -225,21 +329,81 @@ class ImplicitFilter(LongFilter):
         """The positional features that a trainable table starts from."""
         return positional_features(self.trained_length, self.trained_length, self.num_bands)
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        # sharded training may hand over parameters in bfloat16
+        return torch.promote_types(self.frequency.dtype, torch.float32)
+
     def taps(self, length: int, reverse: bool) -> Tensor:
         """The formulas at the top of this file."""
         layers, output = (self.reverse_layers, self.reverse_output) if reverse else (self.layers, self.output)
         assert layers is not None and output is not None  # noqa: S101, PT018 (`forward` has refused; narrows types)
-        device, dtype = self.frequency.device, torch.promote_types(self.frequency.dtype, torch.float32)
-        if self.features is None:
-            x = positional_features(length, self.trained_length, self.num_bands, device).to(dtype)
+        if torch.compiler.is_compiling() or not isinstance(length, int):
+            h = self._taps_at_once(layers, output, length, [slice(0, length)])
+        elif torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
+            h = self._taps_at_once(layers, output, length, _tiles(length, self.frequency.device))
         else:
-            x = self.features[:length].to(dtype)
+            h = self._taps_in_tiles(layers, output, length)
+        return h.view(self.order - 1, self.num_heads, length)
+
+    def _inputs(self, lags: slice, times: Tensor, turns: Tensor, frequencies: Tensor) -> Tensor:
+        """Positional features with time last, (2K + 1, lags); a trained table may end before."""
+        if self.features is not None:
+            return self.features[lags].to(self._dtype).mT
+        return _features_over_time(times[lags], turns[lags], frequencies).to(self._dtype)
+
+    def _time(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of what `_inputs` makes features: times (length,), 2 pi n / M (length,), frequencies (K,), in float32."""
+        device = self.frequency.device
+        times = filter_times(length, self.trained_length, device)
+        return times, filter_turns(length, self.trained_length, device), band_frequencies(self.num_bands, device)
+
+    def _windows(self, times: Tensor) -> Tensor:
+        """Exponential windows at some times, (filters, times)."""
+        rates = cast(Tensor, self.decay_rates).to(self._dtype).abs().view(-1, 1)
+        return torch.exp(-rates * times.to(self._dtype)).add_(self.shift)
+
+    def _taps_at_once(self, layers: Iterable[nn.Module], output: nn.Module, length: int, tiles: list[slice]) -> Tensor:
+        """Taps (filters, length) that one can differentiate and trace; only the features are made in tiles."""
+        time, dtype = self._time(length), self._dtype
+        frequency = self.frequency.to(dtype).unsqueeze(-1)
+        x = torch.cat([self._inputs(lags, *time) for lags in tiles], dim=-1)
         for layer in layers:
-            x = torch.sin(self.frequency.to(dtype) * layer(x))
-        h = output(x).view(self.order - 1, self.num_heads, length)
-        if self.decay_rates is not None:
-            times = filter_times(length, self.trained_length, device).to(dtype)
-            h = h * (torch.exp(-self.decay_rates.abs().unsqueeze(-1) * times) + self.shift)
+            weight, bias = layer(dtype)
+            x = torch.sin(frequency * torch.addmm(bias.unsqueeze(-1), weight, x))
+        weight, _ = output(dtype)
+        h = weight @ x
+        return h if self.decay_rates is None else h * self._windows(time[0])
+
+    def _taps_in_tiles(self, layers: Iterable[nn.Module], output: nn.Module, length: int) -> Tensor:
+        """The same without gradients: memory for the taps and one tile, and less to compute.
+
+        The frequency goes into weights and biases. Where float32 rounds time anyway, windows are products over start
+        and offset of a block, exp(-d t) = exp(-d t_start) exp(-d t_offset), and the first factor goes into the weight.
+        """
+        dtype, device = self._dtype, self.frequency.device
+        hidden = [layer(dtype, self.frequency) for layer in layers]
+        weight, _ = output(dtype)
+        h = _room(len(weight), length, dtype, device)
+        whole = -(-length // _STEP) * _STEP
+        time = self._time(whole)
+        size = _BLOCK if device.type == "cpu" else _DEVICE_TILE
+        separable = self.shift == 0 and self.trained_length > 1 and dtype == torch.float32
+        offsets = self._windows(time[0][:size]) if self.decay_rates is not None and separable else None
+        for lags in _tiles(whole, device):
+            x = self._inputs(lags, *time)
+            for matrix, bias in hidden:
+                x = torch.addmm(bias.unsqueeze(-1), matrix, x).sin_()
+            for start, block in zip(range(lags.start, length, size), x.split(size, dim=-1), strict=False):
+                out = h[:, start : start + block.shape[-1]]
+                times = time[0][start : start + out.shape[-1]]
+                if self.decay_rates is None:
+                    out.copy_((weight @ block)[:, : out.shape[-1]])
+                elif offsets is None:
+                    torch.mul((weight @ block)[:, : out.shape[-1]], self._windows(times), out=out)
+                else:
+                    scaled = weight * self._windows(times[:1])
+                    torch.mul((scaled @ block)[:, : out.shape[-1]], offsets[:, : out.shape[-1]], out=out)
         return h
 
 
@@ -255,7 +419,7 @@ class ExplicitFilter(LongFilter):
         super().__init__()
         support = config.filter_support(layer_idx)
         assert support is not None  # noqa: S101 (the config gives explicit filters a length)
-        self.support = support
+        self.support, self.frequency_sparsity = support, config.frequency_sparsity
         self.max_length = config.max_position_embeddings if config.beyond_trained_length == "refuse" else None
         shape = config.order - 1, config.num_filters, support
         self.is_causal = config.is_causal

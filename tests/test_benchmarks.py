@@ -4,10 +4,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from benchmarks import report
 from benchmarks.bench_batching import page as batching_page
+from benchmarks.bench_filter import PublishedFilter, package_filter, peak_here, ratio_plot
+from benchmarks.bench_filter import page as filter_page
 from benchmarks.bench_import import cpu_seconds, loaded_modules
 from benchmarks.bench_recall import MODELS, Settings, learning_curves, page, rate_factor, trained
 
@@ -62,6 +65,30 @@ def test_the_batching_page_has_every_case_and_shows_what_float64_sums_buy():
     cells = {tuple(line.split(" | ")[:2]): line.split(" | ") for line in lines if line.startswith("| high")}
     prefix = {key: float(row[3]) for key, row in cells.items()}
     assert prefix["| highest", "Hyena order 3"] < 1e-6 < prefix["| high", "Hyena order 3"]
+
+
+def test_the_published_filter_of_the_benchmark_gives_the_taps_of_the_package():
+    published, package = PublishedFilter(6, 100), package_filter(6, 100)
+    linears = [layer for layer in published.network if isinstance(layer, torch.nn.Linear)]
+    for theirs, ours in zip(linears, [*package.layers, package.output], strict=True):
+        theirs.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(published(), package(100)[0], rtol=0, atol=1e-3)
+
+
+def test_the_filter_page_compares_time_with_and_without_gradients():
+    lines, found = filter_page([(32, 256)], [], rounds=2)
+    assert sum(line.startswith("| 32 | 256 |") for line in lines) == 2
+    assert ratio_plot(found).axes[0].lines
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux")
+def test_a_long_filter_takes_little_memory_beside_its_taps_but_the_published_one_takes_much():
+    package, taps = peak_here("package", 128, 131_072)
+    published, _ = peak_here("published", 128, 131_072)
+    assert taps == 64
+    assert package < 1.5 * taps
+    assert published > 3 * taps
 
 
 def test_outside_a_checkout_the_commit_is_unknown(tmp_path, monkeypatch):

@@ -77,6 +77,7 @@ EFFECTS = {
     "layer_types": (shapes, None, [HYENA, FULL, HYENA]),
     "filter_types": (shapes, None, ["implicit", "explicit", "implicit"]),
     "filter_length": (logits, None, [7, 8, 9]),
+    "frequency_sparsity": (logits, 0.0, 0.5, {"filter_length": 300}),
     "filter_hidden_size": (shapes, 16, 8),
     "filter_num_layers": (shapes, 4, 2),
     "filter_num_bands": (shapes, 4, 3),
@@ -134,6 +135,7 @@ def test_dropout_reaches_every_operator_in_training_only(dropout, changes):
 
 
 HYBRID = {"layer_types": [HYENA, FULL, HYENA]}
+SPARSE = {"frequency_sparsity": 0.5, "filter_length": [256, 300, 9]}
 ROTARY = {"rope_theta": 10000.0}
 
 REFUSED = [
@@ -181,6 +183,11 @@ REFUSED = [
         ["partial_rotary_factor 0.5"],
     ),
     # ranges and ids
+    ({"frequency_sparsity": 1}, ValueError, ["frequency_sparsity (1)", "below 1"]),
+    ({"frequency_sparsity": -0.1}, ValueError, ["frequency_sparsity (-0.1)", "at least 0"]),
+    ({"frequency_sparsity": True}, TypeError, ["frequency_sparsity", "bool"]),
+    ({**SPARSE, "beyond_trained_length": "refuse"}, ValueError, ["(0.5)", "filter_length (300)", "(256)", "shorten"]),
+    ({**SPARSE, "trainable_positional_features": True}, ValueError, ["filter_length (300)", "(256)", "shorten"]),
     ({"embed_dropout": 1.0}, ValueError, ["embed_dropout (1.0)", "below 1"]),
     ({"resid_dropout": -0.1}, ValueError, ["resid_dropout (-0.1)", "at least 0"]),
     ({"hyena_dropout": float("nan")}, ValueError, ["hyena_dropout (nan)"]),
@@ -255,6 +262,14 @@ def test_what_is_left_out_follows_from_what_is_given():
     assert [config.filter_support(layer) for layer in range(2)] == [None, None]
     assert config.use_cache
     assert not HyenaConfig(is_causal=False).use_cache
+
+
+def test_a_filter_without_its_high_frequencies_ends_at_its_length_or_the_trained_one():
+    assert [config_of(frequency_sparsity=0.5).filter_support(layer) for layer in range(3)] == [256] * 3
+    assert [config_of(**SPARSE).filter_support(layer) for layer in range(3)] == [256, 300, 9]
+    unaffected = {"layer_types": [HYENA, FULL, HYENA], "filter_types": ["implicit", "implicit", "explicit"]}
+    for bound in ({"beyond_trained_length": "refuse"}, {"trainable_positional_features": True}):
+        config_of(frequency_sparsity=0.5, filter_length=[256, 300, 300], **unaffected, **bound)
 
 
 def test_defaults_are_the_published_153m_model():

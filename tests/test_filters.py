@@ -8,9 +8,20 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from hyena_hf import HyenaConfig, HyenaForCausalLM
-from hyena_hf.filters import ExplicitFilter, ImplicitFilter, decay_rates, filter_times, positional_features
+from hyena_hf.filters import (
+    ExplicitFilter,
+    FilterLinear,
+    ImplicitFilter,
+    decay_rates,
+    filter_times,
+    positional_features,
+    without_high_frequencies,
+)
 from tests import oracles
 
 
@@ -206,6 +217,237 @@ def test_gradients_reach_every_parameter(kind):
     module(TRAINED).square().sum().backward()
     for name, parameter in module.named_parameters():
         assert parameter.grad.abs().sum() > 0, name
+
+
+# evaluation without gradients
+
+LONG = 2048 + 512 + 7  # more than a tile, a block and a step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("trained_length", [100, 3000])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"modulation": False, "order": 3},
+        {"modulation_shift": 0.05},
+        {"num_heads": 2, "fast_decay": 0.01, "filter_num_layers": 2},
+        {"is_causal": False},
+        {"trainable_positional_features": True},
+        {"filter_length": 513},
+    ],
+    ids=lambda fields: "-".join(fields) or "default",
+)
+def test_taps_without_gradients_are_those_with_gradients(fields, trained_length, dtype):
+    module = make_filter(**fields, max_position_embeddings=trained_length).to(dtype)
+    length = trained_length if module.features is not None else LONG
+    for reverse in (False, True)[: 1 if module.is_causal else 2]:
+        taps = module(length, reverse=reverse)
+        assert taps.requires_grad
+        with torch.no_grad():
+            tiled = module(length, reverse=reverse)
+        frozen = module.requires_grad_(False)(length, reverse=reverse)
+        module.requires_grad_()
+        assert torch.equal(frozen, tiled)
+        assert tiled.is_contiguous()
+        bound = 1e-12 if dtype == torch.float64 else FLOAT32_TAPS * float(taps.detach().abs().max())
+        torch.testing.assert_close(tiled, taps, rtol=0, atol=bound)
+
+
+def test_windows_are_no_products_where_time_does_not_rise_evenly():
+    slow = {"slow_decay": 3000, "fast_decay": 1000}  # windows still of order 1 behind the first block
+    module = make_filter(max_position_embeddings=1, filter_num_bands=1, sine_frequency=0.01, **slow)
+    torch.nn.init.constant_(module.frequency, 0.01)
+    assert filter_times(4, 1).tolist() == [0, 2, 3, 4]
+    with torch.no_grad():
+        tiled = module(600)
+    torch.testing.assert_close(tiled, module(600).detach(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{}, {"modulation_shift": 0.05}, {"modulation": False, "hidden_size": 128}])
+def test_without_gradients_a_shorter_filter_is_a_bitwise_prefix(fields):
+    module = make_filter(**fields, max_position_embeddings=2000).requires_grad_(False)
+    whole = module(LONG)
+    for length in (*range(1, 40), 511, 512, 513, 1001, 2047, 2048, 2049, 2065):
+        assert torch.equal(module(length), whole[..., :length]), length
+
+
+@pytest.mark.parametrize("trained_length", [300, 4000])
+def test_windows_made_of_products_are_as_exact_as_those_made_of_exponentials(trained_length):
+    # one hidden unit: a tap is one product, so windows are its only sums
+    fields = {"max_position_embeddings": trained_length, "filter_hidden_size": 1, "filter_num_layers": 2}
+    module = make_filter(**fields).requires_grad_(False)
+    torch.nn.init.constant_(module.layers[0].weight, 1e-3)
+    torch.nn.init.constant_(module.layers[0].bias, 0.05)
+    times, rates = filter_times(LONG, trained_length), module.decay_rates
+    wide = module(LONG) / module.output.weight.view(1, -1, 1)
+    module.decay_rates = None
+    found = (wide / (module(LONG) / module.output.weight.view(1, -1, 1)))[0]
+    exponents = rates.T.abs().double() * times.double()
+    seen = exponents < 60  # smaller windows are no float32 numbers
+    error = (found.double() / torch.exp(-exponents) - 1).abs()
+    assert (error[seen] <= 1e-6 + 2.4e-7 * exponents[seen]).all()
+
+
+class LargestTensors(TorchDispatchMode):
+    """Sizes of what operators return, by name of the operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        views = func.is_view or "out" in (kwargs or {})
+        self.sizes += [0 if views else x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        return result
+
+
+def test_a_long_filter_needs_memory_for_its_taps_and_one_tile():
+    module, length = make_filter(hidden_size=64, filter_hidden_size=64, max_position_embeddings=2**16), 2**16
+    with torch.no_grad(), LargestTensors() as tensors:
+        taps = module(length)
+    assert taps.shape == (1, 64, length)
+    assert max(tensors.sizes) <= 64 * 2048
+    with LargestTensors() as tensors:
+        module(length)
+    assert max(tensors.sizes) == 64 * length
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_parameters_that_are_there_only_while_their_module_is_called_serve(gradients):
+    module = make_filter(filter_num_layers=5)
+    expected = {True: module(LONG).detach(), False: module.requires_grad_(False)(LONG)}[gradients]
+    module.requires_grad_(gradients)
+    calls = []
+    for layer in (m for m in module.modules() if isinstance(m, FilterLinear)):
+        held = dict(layer.named_parameters())
+
+        def fetch(layer, _, held=held):
+            calls.append(layer)
+            for name, parameter in held.items():
+                setattr(layer, name, torch.nn.Parameter(parameter.detach().clone(), gradients))
+
+        def drop(layer, *_):
+            for parameter in layer.parameters():
+                parameter.data.fill_(float("nan"))
+
+        layer.register_forward_pre_hook(fetch)
+        layer.register_forward_hook(drop)
+    assert torch.equal(module(LONG).detach(), expected)
+    assert len(calls) == len(set(calls)) == 5
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("fields", [{}, {"frequency_sparsity": 0.5}])
+def test_a_partial_filter_computes_only_the_taps_within_its_support(fields, gradients):
+    module = make_filter(filter_length=48, max_position_embeddings=64, **fields)
+    flops = []
+    for length in (48, 5000):
+        with torch.set_grad_enabled(gradients), FlopCounterMode(display=False) as counter:
+            assert module(length).shape[-1] == length
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1] > 0
+
+
+@pytest.mark.parametrize("fields", [{}, {"filter_length": 9}, {"frequency_sparsity": 0.25}])
+def test_an_exported_filter_takes_any_length_and_is_real_where_frequencies_are_all_there(fields):
+    class Taps(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner.exact_taps(x.shape[0] if self.inner.support is None else self.inner.support)
+
+    module = make_filter(**fields).double().requires_grad_(False)
+    sizes = {"x": {0: torch.export.Dim("length", min=2, max=200)}}
+    program = torch.export.export(Taps(module), (torch.zeros(20),), dynamic_shapes=sizes)
+    for length in (2, 33, 200):
+        found = program.module()(torch.zeros(length))
+        expected = module(length if module.support is None else module.support)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    values = [value for graph in graphs for node in graph.nodes for value in tree_leaves(node.meta.get("val"))]
+    assert any(x.is_complex() for x in values if isinstance(x, torch.Tensor)) == ("frequency_sparsity" in fields)
+
+
+# high frequencies
+
+
+@pytest.mark.parametrize("sparsity", [0.01, 0.3, 0.5, 0.75, 0.99])
+@pytest.mark.parametrize("length", [1, 2, 7, 24, 101])
+def test_removed_frequencies_are_those_of_a_masked_spectrum_cut_to_its_first_taps(length, sparsity):
+    h = torch.randn(2, 3, length, dtype=torch.float64)
+    mask = np.arange(length + 1) < length + 1 - min(round(sparsity * (length + 1)), length)
+    expected = np.fft.irfft(mask * np.fft.rfft(h.numpy(), 2 * length), 2 * length)[..., :length]
+    np.testing.assert_allclose(without_high_frequencies(h, sparsity), expected, rtol=0, atol=1e-13)
+    found = without_high_frequencies(h.float(), sparsity)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * float(h.abs().max()))
+
+
+def test_many_filters_are_low_passed_in_blocks_with_the_same_result(monkeypatch):
+    h = torch.randn(3, 5, 40, dtype=torch.float64)
+    expected = without_high_frequencies(h, 0.5)
+    monkeypatch.setattr("hyena_hf.filters._FFT_BLOCK", 80)
+    torch.testing.assert_close(without_high_frequencies(h, 0.5), expected, rtol=0, atol=1e-15)
+
+
+def test_a_removed_band_of_frequencies_keeps_little_of_the_spectrum():
+    # decays long before its end, where it is cut off
+    h = torch.exp(-torch.arange(400) / 10.0) * torch.randn(8, 400)
+    before, after = (
+        torch.fft.rfft(x, 800)[:, 202:].abs().square().sum() for x in (h, without_high_frequencies(h, 0.5))
+    )
+    assert after < 0.2 * before
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "support"),
+    [
+        (ImplicitFilter, {}, TRAINED),
+        (ImplicitFilter, {"filter_length": 10, "order": 3}, 10),
+        (ImplicitFilter, {"filter_length": TRAINED + 5}, TRAINED + 5),
+        (ImplicitFilter, {"trainable_positional_features": True, "is_causal": False}, TRAINED),
+        (ExplicitFilter, {"filter_length": 10, "is_causal": False}, 10),
+        (ExplicitFilter, {"num_heads": 3}, TRAINED),
+    ],
+)
+def test_every_filter_loses_its_high_frequencies_whatever_length_is_asked_for(kind, fields, support):
+    sparse = make_filter(kind, frequency_sparsity=0.4, **fields).double()
+    plain = make_filter(kind, **{"filter_length": support, **fields}).double()
+    plain.load_state_dict(sparse.state_dict())
+    assert sparse.support == support
+    for reverse in (False, True)[: 1 if sparse.is_causal else 2]:
+        expected = without_high_frequencies(plain(support, reverse=reverse), 0.4)
+        assert (expected - plain(support, reverse=reverse)).abs().max() > 0.01
+        for length in (1, 7, TRAINED, 3 * TRAINED)[: 3 if sparse.max_length else 4]:
+            taps = sparse(length, reverse=reverse)
+            inside = min(length, support)
+            torch.testing.assert_close(taps[..., :inside], expected[..., :inside], rtol=0, atol=1e-12)
+            assert taps.shape[-1] == length
+            assert not taps[..., inside:].any()
+
+
+@pytest.mark.parametrize("kind", [ImplicitFilter, ExplicitFilter])
+def test_gradients_flow_through_the_low_pass(kind):
+    module = make_filter(kind, frequency_sparsity=0.5, filter_length=12).double()
+    module(20).square().sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+    h = torch.randn(2, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda h: without_high_frequencies(h, 0.5), h)
+
+
+def test_a_model_without_high_frequencies_sees_no_later_token():
+    model = HyenaForCausalLM(make_config(frequency_sparsity=0.5)).double().eval()
+    ids = torch.randint(0, 8, (1, 3 * TRAINED))
+    later = ids.clone()
+    later[:, 30:] = (later[:, 30:] + 1) % 8
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits[:, :30], model(later).logits[:, :30], rtol=0, atol=1e-14)
 
 
 # dtype
