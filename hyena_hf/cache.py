@@ -33,11 +33,15 @@ from transformers.cache_utils import (
 )
 
 from .configuration_hyena import HyenaConfig
-from .ops import causal_fftconv, multihead_conv, short_conv
+from .ops import FilterSpectrum, causal_fftconv, filter_spectrum, multihead_conv, short_conv
+from .ops.continued import continued_fftconv
 
 
 # Columns that stay pending while a cache records its past, at least: a call leaves all of its own.
 MAX_PENDING = 64
+
+# Lengths for which a frozen filter keeps its spectrum.
+_MAX_SPECTRA = 8
 
 # New tokens up to which each output is one dot product with the past instead of an FFT over everything.
 _DOT_LENGTH = 4
@@ -72,19 +76,21 @@ class Evaluable(Protocol):
 
 
 class Taps:
-    """The filter of one layer, evaluated once for a whole generation.
+    """The filter of one layer, evaluated once for a whole generation, or while it is frozen.
 
     Grows by doubling when a generation gets longer than announced. It holds tensors only, never the filter itself, so
     that copying a cache copies no weights.
 
     Args:
         capacity: Taps to evaluate at first; a hint.
+        frozen: Evaluate without gradients, and keep spectra too.
     """
 
-    def __init__(self, capacity: int | None = None) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int | None = None, *, frozen: bool = False) -> None:
+        self.capacity, self.frozen = capacity, frozen
         self.h: Tensor | None = None  # (order - 1, H, up to the support)
         self.reversed: Tensor | None = None  # (order - 1, H, length), lag 0 last
+        self.spectra: dict[tuple[int, int], FilterSpectrum] = {}  # by convolution and length of the input
         self.length = 0
 
     def _reach(self, long_filter: Evaluable, length: int) -> Tensor:
@@ -95,7 +101,12 @@ class Taps:
             self.length = max(self.length, self.capacity or 0)
             # the model has refused inputs longer than max_length; lags behind it meet only empty columns
             bounds = [n for n in (long_filter.support, long_filter.max_length) if n is not None]
-            self.h = h = long_filter(min([self.length, *bounds]))
+            needed = min([self.length, *bounds])
+            if self.frozen:
+                with torch.inference_mode(False), torch.no_grad():
+                    self.h = h = long_filter(needed)
+            else:
+                self.h = h = long_filter(needed)
             self.reversed = None
             return h
         return self.h
@@ -112,9 +123,28 @@ class Taps:
             self.reversed = pad(h, (0, self.length - h.shape[-1])).flip(-1)
         return self.reversed[index, :, self.length - length :]
 
+    def spectrum(
+        self, long_filter: Evaluable, index: int, length: int, direct: Tensor, *, exact: bool = False
+    ) -> FilterSpectrum:
+        """Transformed taps and extra tap `direct` of convolution `index` for inputs of a length."""
+        key = index, length
+        if key not in self.spectra:
+            h = self.rising(long_filter, index, length)
+            with torch.inference_mode(False):
+                # the oldest goes: batches of many lengths may not fill the memory
+                if len(self.spectra) == _MAX_SPECTRA:
+                    del self.spectra[next(iter(self.spectra))]
+                self.spectra[key] = filter_spectrum(h, length, direct.detach().to(h.dtype), exact=exact)
+        return self.spectra[key]
+
+    def keeps_spectra(self, length: int) -> bool:
+        """Whether spectra may be kept for inputs of a length: not in graphs, which would hold one each."""
+        return self.frozen and not isinstance(length, torch.SymInt) and not torch.compiler.is_compiling()
+
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(tensor.nbytes for tensor in (self.h, self.reversed) if tensor is not None)
+        held = sum(tensor.nbytes for tensor in (self.h, self.reversed) if tensor is not None)
+        return held + sum(spectrum.spectrum.nbytes for spectrum in self.spectra.values())
 
 
 class History:
@@ -319,8 +349,18 @@ class Window(History):
 class ExactHistory(History):
     """All gated inputs of one long convolution: exact, O(T) time a token and O(T) memory.
 
-    This is the reference that every other summary of the past is measured against.
+    This is the reference that every other summary of the past is measured against. Filters that end need no inputs
+    beyond their last tap: `limit` columns are all that a cache of such a layer ever holds.
+
+    Args:
+        exact: As in `causal_fftconv`; the others as in `History`.
     """
+
+    def __init__(
+        self, limit: int | None, *, fixed: bool = False, capacity: int | None = None, exact: bool = False
+    ) -> None:
+        super().__init__(limit, fixed=fixed, capacity=capacity)
+        self.exact = exact
 
     def respond(self, w: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor:
         """Long convolution of everything up to each new input.
@@ -334,11 +374,15 @@ class ExactHistory(History):
         """
         past = self.reachable(w)
         before, total = past.shape[-1], past.shape[-1] + w.shape[-1]
+        if before == 0 and taps.keeps_spectra(total):
+            return causal_fftconv(
+                w, taps.spectrum(long_filter, index, total, direct, exact=self.exact), exact=self.exact
+            )
         if before == 0 or w.shape[-1] > _DOT_LENGTH:
             h = taps.rising(long_filter, index, total)
             if self.fixed:  # reversed here, so that the compiled steps to come find it done
                 taps.falling(long_filter, index, total)
-            return causal_fftconv(torch.cat([past, w], dim=-1), h, direct)[..., before:]
+            return continued_fftconv(past, w, h, direct, exact=self.exact)
         y = self._dot(past, w, taps.falling(long_filter, index, total))
         return y + w * direct.to(w.dtype).repeat_interleave(w.shape[1] // direct.shape[0]).unsqueeze(-1)
 
@@ -401,11 +445,14 @@ class NoMemory:
     Args:
         histories: Empty ones.
         capacity: Length of the longest row to come, where that is known.
+        frozen: Taps and those over later tokens that outlive this call, or None.
     """
 
-    def __init__(self, histories: Sequence[History], capacity: int | None = None) -> None:
+    def __init__(
+        self, histories: Sequence[History], capacity: int | None = None, frozen: tuple[Taps, Taps] | None = None
+    ) -> None:
         self.histories = histories
-        self.taps, self.reverse_taps = Taps(capacity), Taps(capacity)
+        self.taps, self.reverse_taps = frozen or (Taps(capacity), Taps(capacity))
 
     def push(self, index: int, w: Tensor, counts: Tensor | None, *operator) -> Tensor:  # noqa: ARG002 (one interface)
         """Answer inputs w (B, C, n) that have no past."""
@@ -449,12 +496,21 @@ class HyenaCacheLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def attach(
-        self, make: Callable[[int | None, int | None], Sequence[History]], batch: int, device: torch.device
+        self,
+        make: Callable[[int | None, int | None], Sequence[History]],
+        batch: int,
+        device: torch.device,
+        frozen: tuple[Taps, Taps] | None = None,
     ) -> None:
-        """Set up the histories on first use: make(static capacity or None, length to make room for or None)."""
+        """Set up the histories on first use: make(static capacity or None, length to make room for or None).
+
+        Taps of a frozen filter are shared by all caches of that time.
+        """
         if self.is_initialized:
             return
         self.histories = make(self.max_cache_len, self.expected_length)
+        if frozen is not None:
+            self.taps = frozen[0]
         self.taps.capacity = self.expected_length
         self.batch_size, self.device = batch, device
         self.is_initialized = True

@@ -10,7 +10,8 @@ What differs from a Llama-style model:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import HyenaCacheLayer, adopt_cache, in_turn
+from .cache import HyenaCacheLayer, Taps, adopt_cache, in_turn
 from .configuration_hyena import HyenaConfig
 from .filters import FILTERS, ExplicitFilter, FilterLinear, ImplicitFilter, decay_rates
 from .mixers import HyenaAttention, HyenaMixer, RotaryEmbedding
@@ -218,6 +219,22 @@ class HyenaPreTrainedModel(PreTrainedModel):
             else:
                 policy[name] = parameter.ndim > 1 and not name.endswith((".skip", "short_conv.weight")), "base"
         return policy
+
+    @contextmanager
+    def frozen_filters(self) -> Iterator[None]:
+        """Evaluate and transform every long filter once for all calls inside a `with` block.
+
+        The filters and skips get no gradients there, and changing them has no effect until the block ends. Spectra are
+        kept for up to eight lengths of input a layer, 8 bytes a tap, channel and length.
+        """
+        mixers = [module for module in self.modules() if isinstance(module, HyenaMixer) and module.frozen is None]
+        for mixer in mixers:
+            mixer.frozen = Taps(frozen=True), Taps(frozen=True)
+        try:
+            yield
+        finally:
+            for mixer in mixers:
+                mixer.frozen = None
 
     @classmethod
     def from_pretrained(
@@ -626,6 +643,44 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    @torch.no_grad()
+    def stream(
+        self,
+        input_ids: Tensor,
+        *,
+        chunk_length: int = 65536,
+        attention_mask: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+    ) -> Iterator[CausalLMOutputWithPast]:
+        """Run a long input in chunks, in the memory of one chunk and of what the layers must remember.
+
+        A Hyena layer remembers its gated inputs (4 bytes a channel and token in float32; of a partial filter only its
+        length) and its filter. No gradients.
+
+        Args:
+            input_ids: (B, L).
+            chunk_length: Tokens of a chunk.
+            attention_mask: (B, L), as in `forward`.
+            logits_to_keep: Of each chunk, as in `forward`.
+
+        Yields:
+            What `forward` returns for each chunk.
+
+        Raises:
+            ValueError: chunk_length below 1, or inputs that `forward` refuses.
+        """
+        if chunk_length < 1:
+            raise ValueError(f"chunk_length ({chunk_length}) must be at least 1")
+        batch, length, _ = check_stream(input_ids, None, self.config)
+        cache = DynamicCache(config=self.config)
+        for layer in adopt_cache(cache, self.config, batch, id(self.model), self.model.dtype):
+            layer.expected_length = length
+        for start in range(0, length, chunk_length):
+            stop = min(start + chunk_length, length)
+            mask = None if attention_mask is None else attention_mask[:, :stop]
+            chunk = input_ids[:, start:stop]
+            yield self(chunk, attention_mask=mask, past_key_values=cache, logits_to_keep=logits_to_keep)
 
     def _checked_labels(
         self, labels: Tensor | None, stream: Tensor | None, logits_to_keep: int | Tensor

@@ -13,15 +13,20 @@ A bidirectional operator has a second filter over later tokens, as in Monarch Mi
 the short convolution stays causal there too.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from hyena_hf.cache import ExactHistory, HeadHistory, History, HyenaCacheLayer, NoMemory, Window
+from hyena_hf.cache import ExactHistory, HeadHistory, History, HyenaCacheLayer, NoMemory, Taps, Window
 from hyena_hf.configuration_hyena import HyenaConfig
 from hyena_hf.filters import FILTERS, LongFilter, ReverseFilter
-from hyena_hf.ops import Segments, bidirectional_fftconv, over_rows
+from hyena_hf.ops import Segments, bidirectional_fftconv, hyena_conv, over_rows
+from hyena_hf.ops.engine import one_pass_serves
 from hyena_hf.ops.precision import without_autocast
 from hyena_hf.ops.segments import zero_behind
+
+from .projections import is_plain, project_down, project_up
 
 
 Memory = HyenaCacheLayer | NoMemory
@@ -35,14 +40,21 @@ def _convolve_causally(
 
 
 def _convolve_both_sides(
-    memory: Memory, index: int, w: Tensor, counts: Tensor | None, long_filter: LongFilter, direct: Tensor
+    memory: Memory,
+    index: int,
+    w: Tensor,
+    counts: Tensor | None,
+    long_filter: LongFilter,
+    direct: Tensor,
+    *,
+    exact: bool,
 ) -> Tensor:
     """Long convolution number `index` of whole rows w (R, C, n); a bidirectional model remembers only its taps."""
     assert isinstance(memory, NoMemory)  # noqa: S101 (the model refuses caches; narrows the type)
     length = w.shape[-1]
     h = memory.taps.rising(long_filter, index, length)
     h_reverse = memory.reverse_taps.rising(ReverseFilter(long_filter), index, length)
-    return bidirectional_fftconv(zero_behind(w, counts), h, h_reverse, direct)
+    return bidirectional_fftconv(zero_behind(w, counts), h, h_reverse, direct, exact=exact)
 
 
 class ShortConv(nn.Module):
@@ -74,7 +86,11 @@ class HyenaMixer(nn.Module):
         self.order, self.width = config.order, config.hidden_size
         self.num_heads = config.num_filters
         self.dropout = config.hyena_dropout
-        self.convolve = _convolve_causally if config.is_causal else _convolve_both_sides
+        # one convolution a layer keeps float32 logits exact enough; chains of them amplify what transforms leave
+        self.exact = config.order > 2
+        self.convolve = _convolve_causally if config.is_causal else partial(_convolve_both_sides, exact=self.exact)
+        self.has_one_pass = config.order == 2 and config.num_filters == config.hidden_size and config.is_causal
+        self.frozen: tuple[Taps, Taps] | None = None  # see `HyenaPreTrainedModel.frozen_filters`
         channels = (config.order + 1) * config.hidden_size
         self.in_proj = nn.Linear(config.hidden_size, channels, bias=config.use_bias)
         self.short_conv = ShortConv(channels, config.short_conv_kernel, config.use_bias)
@@ -93,7 +109,9 @@ class HyenaMixer(nn.Module):
         window = Window(self.short_conv.weight.shape[1] - 1, fixed=fixed)
         if self.num_heads < self.width:
             return [window, HeadHistory(length, fixed=fixed, capacity=expected, queries=self.width)]
-        long = [ExactHistory(length, fixed=fixed, capacity=expected) for _ in range(self.order - 1)]
+        support = None if fixed else self.filter.support
+        limit = length if support is None else support - 1
+        long = [ExactHistory(limit, fixed=fixed, capacity=expected, exact=self.exact) for _ in range(self.order - 1)]
         return [window, *long]
 
     def forward(
@@ -110,21 +128,44 @@ class HyenaMixer(nn.Module):
             (B, L, D).
         """
         if cache_layer is None:
-            memory = NoMemory(self.make_histories(None, None), None if segments is None else segments.max_length)
+            longest = None if segments is None else segments.max_length
+            memory = NoMemory(self.make_histories(None, None), longest, self.frozen)
         else:
             memory = cache_layer
-            memory.attach(self.make_histories, hidden_states.shape[0], hidden_states.device)
-        operator = self.gated_convolutions if self.num_heads == self.width else self.head_convolution
+            memory.attach(self.make_histories, hidden_states.shape[0], hidden_states.device, self.frozen)
+        in_layout = is_plain(self.in_proj, hidden_states) and is_plain(self.out_proj, hidden_states)
+        if segments is None and in_layout and self._takes_one_pass(hidden_states, memory):
+            # projections that write and read rows of time: no transposition
+            return project_up(self.out_proj, self.one_pass(project_down(self.in_proj, hidden_states), memory))
 
         def mix(rows: Tensor, counts: Tensor | None) -> Tensor:
             # gates, filters and FFTs in float32 at least, under autocast too
             x = rows.transpose(1, 2).to(torch.promote_types(rows.dtype, torch.float32))
             with without_autocast(x.device):
-                y = operator(x, counts, memory)
+                if self._takes_one_pass(rows, memory):
+                    y = self.one_pass(x.contiguous(), memory)
+                elif self.num_heads == self.width:
+                    y = self.gated_convolutions(x, counts, memory)
+                else:
+                    y = self.head_convolution(x, counts, memory)
             # as gathered rows are: a linear layer rounds twice where its input has another layout
             return y.transpose(1, 2).to(rows.dtype).contiguous()
 
         return self.out_proj(over_rows(segments, mix, self.in_proj(hidden_states)))
+
+    def _takes_one_pass(self, rows: Tensor, memory: Memory) -> bool:
+        """Whether rows (B, n, C) without a past can go through `hyena_conv`."""
+        free = self.has_one_pass and isinstance(memory, NoMemory) and not (self.training and self.dropout)
+        return free and one_pass_serves(rows.dtype, rows.device, rows.shape[1], self.filter.support)
+
+    def one_pass(self, p: Tensor, memory: Memory) -> Tensor:
+        """An order-2 operator on p (B, 3 D, n) -> (B, D, n)."""
+        weight, bias = self.short_conv(p.dtype)
+        length, taps = p.shape[-1], memory.taps
+        if taps.keeps_spectra(length):
+            return hyena_conv(p, weight, bias, taps.spectrum(self.filter, 0, length, self.skip[0]))
+        h = taps.rising(self.filter, 0, length)
+        return hyena_conv(p, weight, bias, h.to(p.dtype), self.skip[0].to(p.dtype))
 
     def projections(self, x: Tensor, counts: Tensor | None, memory: Memory) -> Tensor:
         """Short convolution of the projections, (B, (N + 1) D, n)."""

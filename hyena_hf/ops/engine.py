@@ -176,6 +176,21 @@ def _note(backend: str, u: tuple[int, ...], h: tuple[int, ...], dtype: torch.dty
     _log.debug("long convolution of u %s, h %s in %s on %s: backend %s", u, h, dtype, device, backend)
 
 
+def one_pass_serves(dtype: torch.dtype, device: torch.device, length: int, support: int | None) -> bool:
+    """Whether `hyena_conv` is the fastest way for rows of that length and a filter that ends at `support`."""
+    if _requested and _requested[-1] not in ("torch", "blocked"):
+        return False
+    if (
+        device.type != "cpu"
+        or torch.onnx.is_in_onnx_export()
+        or torch.promote_types(dtype, torch.float32) == torch.float64
+    ):
+        return False
+    if support is None:
+        return True
+    return not isinstance(length, torch.SymInt) and not overlap_save.serves(length, min(support, length))
+
+
 def convolve(conv: Conv, backend: str | None, spectrum: Tensor | None = None) -> Tensor:
     """A convolution whose tensors have been checked, differentiable.
 
