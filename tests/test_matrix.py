@@ -183,12 +183,12 @@ def test_it_compiles_to_one_graph_with_its_matrices_as_constants():
     torch.testing.assert_close(y, convolve(**inputs), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "any-length"])
-def test_traced_gradients_are_those_of_the_operator(dynamic):
-    compiled = torch.compile(convolve, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+@pytest.mark.parametrize(("module", "dynamic"), [(Conv(), False), (Conv(), True), (TwoSided(), True)], ids=str)
+def test_traced_gradients_are_those_of_the_operator(module, dynamic):
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for length in (70, 90):
         inputs = make_inputs(1, 2, 1, length, length)
-        expected = run(convolve, inputs)
+        expected = run(module, inputs)
         for name, result in run(compiled, inputs).items():
             torch.testing.assert_close(result, expected[name], rtol=0, atol=1e-11)
 

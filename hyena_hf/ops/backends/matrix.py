@@ -275,7 +275,7 @@ def bidirectional(
     direct: Tensor | None,
     pregate: Tensor | None,
     postgate: Tensor | None,
-    keep: float = 1.0,
+    keep: float | None = None,
 ) -> Tensor:
     """Two-sided convolution, optionally with the low frequencies of its kernel alone.
 
@@ -285,16 +285,16 @@ def bidirectional(
         h_reverse: Filters over later tokens, the next one first, (H, K').
         direct: Extra tap at lag 0, (H,), or None; not filtered.
         pregate, postgate: Gates of input and output (B, C, L), or None.
-        keep: Share of the spectrum of the kernel to keep, 0 < keep <= 1: frequencies up to keep / 2 cycles a token.
-            Blocks of the last factor without any are neither computed nor multiplied (frequency-sparse convolution,
-            Fu et al. 2023, arXiv 2311.05908, section 3.3).
+        keep: Share of the spectrum of the kernel to keep, 0 < keep <= 1: frequencies up to keep / 2 cycles a token;
+            None for all. Blocks of the last factor without any are neither computed nor multiplied (frequency-sparse
+            convolution, Fu et al. 2023, arXiv 2311.05908, section 3.3).
 
     Returns:
         postgate * (c + direct * w) with w = pregate * u and
         c_t = sum_{s <= t} h_{t-s} w_s + sum_{s > t} h_reverse_{s-t-1} w_s, (B, C, L), dtype of `u`.
 
     Raises:
-        ValueError: `keep` out of range, or below 1 for a symbolic length.
+        ValueError: `keep` out of range, or given for a symbolic length.
 
     The digits that an earlier level computes are the low ones of a frequency, needed in every band: in proportion to
     `keep` fall the products of the last level, so long last factors are chosen. At 32,768 tokens half of the spectrum
@@ -306,8 +306,8 @@ def bidirectional(
     """
     length = u.shape[-1]
     symbolic = isinstance(length, torch.SymInt)
-    if not 0 < keep <= 1 or (symbolic and keep != 1):
-        raise ValueError(f"keep must lie in (0, 1], and be 1 where the length is a symbol, got {keep}")
+    if keep is not None and (symbolic or not 0 < keep <= 1):
+        raise ValueError(f"keep must lie in (0, 1], and be left out where the length is a symbol, got {keep}")
     with without_autocast(u.device):
         w, taps = _operands(u, h, pregate)
         reverse = h_reverse.to(taps.dtype)
@@ -316,7 +316,7 @@ def bidirectional(
         else:
             taps, reverse = taps[:, :length], reverse[:, : length - 1]
             needed = length + max(taps.shape[1] - 1, reverse.shape[1])
-        transform = _transform(w, needed, keep)
+        transform = _transform(w, needed, 1.0 if keep is None else keep)
         # on the skew circle lag -s is the negated lag n - s
         kernel = _as_grid(taps, transform.n, 1) - _as_grid(reverse, transform.n, 1).flip(-2)
         return _finish(_multiply(w, kernel.squeeze(-1), transform), w, direct, postgate, u.dtype)
