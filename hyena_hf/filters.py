@@ -20,7 +20,6 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ from .ops.precision import without_autocast
 
 # Lags whose features and hidden units are evaluated at once, and those whose taps are: a tile stays in a processor's
 # cache. On other devices starting a kernel costs more than memory does.
-_TILE, _BLOCK, _DEVICE_TILE = 2048, 512, 16384
+_TILE, _BLOCK, _DEVICE_TILE = 2048, 256, 16384
 # Matrix products of a width that this does not divide sum their last columns in another order: filters are evaluated
 # up to the next multiple, so that a prefix has the same bits.
 _STEP = 16
@@ -51,17 +50,6 @@ def _tiles(length: int, device: torch.device) -> list[slice]:
     """Consecutive lags 0 to length - 1, at least one slice."""
     size = _TILE if device.type == "cpu" else _DEVICE_TILE
     return [slice(start, min(start + size, length)) for start in range(0, max(length, 1), size)]
-
-
-def _room(filters: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An empty tensor (filters, length).
-
-    On a processor it is numpy's: that asks Linux for huge pages, and fetching a long filter's memory page by page
-    costs as much as computing what goes there.
-    """
-    if device.type != "cpu":
-        return torch.empty(filters, length, dtype=dtype, device=device)
-    return torch.from_numpy(np.empty((filters, length), np.float64 if dtype == torch.float64 else np.float32))
 
 
 def _filter_dtype() -> torch.dtype:
@@ -384,12 +372,16 @@ class ImplicitFilter(LongFilter):
         dtype, device = self._dtype, self.frequency.device
         hidden = [layer(dtype, self.frequency) for layer in layers]
         weight, _ = output(dtype)
-        h = _room(len(weight), length, dtype, device)
+        h = weight.new_empty(len(weight), length)
         whole = -(-length // _STEP) * _STEP
         time = self._time(whole)
         size = _BLOCK if device.type == "cpu" else _DEVICE_TILE
         separable = self.shift == 0 and self.trained_length > 1 and dtype == torch.float32
-        offsets = self._windows(time[0][:size]) if self.decay_rates is not None and separable else None
+        offsets = None
+        if self.decay_rates is not None and separable:
+            # products again: a block has many lags, and exponentials cost more than products
+            coarse, fine = self._windows(time[0][:size:_STEP]), self._windows(time[0][:_STEP])
+            offsets = (coarse.unsqueeze(-1) * fine.unsqueeze(-2)).flatten(-2)
         for lags in _tiles(whole, device):
             x = self._inputs(lags, *time)
             for matrix, bias in hidden:
