@@ -89,7 +89,7 @@ class Taps:
     def __init__(self, capacity: int | None = None, *, frozen: bool = False) -> None:
         self.capacity, self.frozen = capacity, frozen
         self.h: Tensor | None = None  # (order - 1, H, up to the support)
-        self.reversed: Tensor | None = None  # (order - 1, H, length), lag 0 last
+        self.reversed: Tensor | None = None  # (order - 1, H, any width), lag 0 last
         self.spectra: dict[tuple[int, int], FilterSpectrum] = {}  # by convolution and length of the input
         self.length = 0
 
@@ -97,8 +97,9 @@ class Taps:
         if isinstance(length, torch.SymInt):  # an exported graph: no comparison may depend on the length
             return long_filter.exact_taps(length if long_filter.support is None else long_filter.support)
         if self.h is None or self.length < length:
-            self.length = length if self.h is None else max(length, 2 * self.length)
-            self.length = max(self.length, self.capacity or 0)
+            hint = max(self.capacity or 0, 0 if self.h is None else 2 * self.length)
+            # a filter that ends is asked for no more than its taps and the few new tokens of a step
+            self.length = max(length, hint if long_filter.support is None else min(hint, long_filter.support))
             # the model has refused inputs longer than max_length; lags behind it meet only empty columns
             bounds = [n for n in (long_filter.support, long_filter.max_length) if n is not None]
             needed = min([self.length, *bounds])
@@ -119,9 +120,12 @@ class Taps:
     def falling(self, long_filter: Evaluable, index: int, length: int) -> Tensor:
         """Taps of convolution `index` for lags length - 1, ..., 0 (H, length), the order of a stored past."""
         h = self._reach(long_filter, length)
-        if self.reversed is None:
-            self.reversed = pad(h, (0, self.length - h.shape[-1])).flip(-1)
-        return self.reversed[index, :, self.length - length :]
+        if self.reversed is None or self.reversed.shape[-1] < length:
+            # of a filter that ends no more zeros than a step of a bounded past can reach
+            end = self.length if long_filter.support is None else long_filter.support + _DOT_LENGTH
+            width = max(length, h.shape[-1], min(self.length, end))
+            self.reversed = pad(h, (0, width - h.shape[-1])).flip(-1)
+        return self.reversed[index, :, self.reversed.shape[-1] - length :]
 
     def spectrum(
         self, long_filter: Evaluable, index: int, length: int, direct: Tensor, *, exact: bool = False

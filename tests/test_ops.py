@@ -11,15 +11,13 @@ import pytest
 import torch
 
 from hyena_hf.ops import (
-    bidirectional_fftconv,
     causal_fftconv,
     engine,
-    filter_spectrum,
     multihead,
     multihead_conv,
     over_rows,
+    short_conv,
 )
-from hyena_hf.ops import short_conv, use_backend
 from hyena_hf.ops.backends.fft import fft_length
 from hyena_hf.ops.segments import build_segments, document_starts
 from tests import oracles

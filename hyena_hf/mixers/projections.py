@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers between the layout of a model, (B, L, D), and that of convolutions, (B, D, L), without a transposition.
+"""Linear layers between the layout of a model, (B, L, D), and that of convolutions, (B, D, L), without a copy.
 
 A matrix product can write its result in either order at the same price; a copy in the other order costs as much as the
 gates of an operator. What only looks like an `nn.Linear` (adapters, quantised or sharded weights, hooks) is called.
@@ -21,7 +21,7 @@ def is_plain(linear: nn.Module, x: Tensor) -> bool:
 
 
 def project_down(linear: nn.Linear, x: Tensor) -> Tensor:
-    """x (B, L, D) -> (B, E, L)."""
+    """Apply the layer to x (B, L, D) -> (B, E, L)."""
     weight = linear.weight.expand(x.shape[0], -1, -1)
     if linear.bias is None:
         return torch.bmm(weight, x.transpose(1, 2))
@@ -29,7 +29,7 @@ def project_down(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 def project_up(linear: nn.Linear, y: Tensor) -> Tensor:
-    """y (B, E, L) -> (B, L, D)."""
+    """Apply the layer to y (B, E, L) -> (B, L, D)."""
     weight = linear.weight.t().expand(y.shape[0], -1, -1)
     if linear.bias is None:
         return torch.bmm(y.transpose(1, 2), weight)

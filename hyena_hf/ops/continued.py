@@ -35,15 +35,16 @@ def continued_fftconv(past: Tensor, w: Tensor, h: Tensor, direct: Tensor, *, exa
     tracing = torch.compiler.is_compiling() or (torch.is_grad_enabled() and (w.requires_grad or h.requires_grad))
     if tracing or w.dtype == torch.float64 or w.device.type != "cpu":
         return causal_fftconv(torch.cat([past, w], dim=-1), h, direct, exact=exact)[..., before:]
+    h = h[:, : before + w.shape[-1]]
     return _in_blocks(past, w, Kernel(h.to(w.dtype), direct=direct.to(w.dtype)), exact)
 
 
 @torch.no_grad()
 def _in_blocks(past: Tensor, w: Tensor, kernel: Kernel, exact: bool) -> Tensor:
-    filters, reach = kernel.h.shape[0], kernel.h.shape[1] - 1
-    past = past[..., max(past.shape[-1] - reach, 0) :]  # older inputs meet no tap
+    filters, taps = kernel.h.shape
+    past = past[..., max(past.shape[-1] - taps + 1, 0) :]  # older inputs meet no tap
     before, total = past.shape[-1], past.shape[-1] + w.shape[-1]
-    n = next_even_5_smooth(max(total + w.shape[-1] - 1, kernel.h.shape[1], 2))
+    n = next_even_5_smooth(max(total + w.shape[-1] - 1, 2))
     work = Work(n, transform_dtype(w.dtype, w.device, exact), block_floats(n, w.device))
     old, new = (x.unflatten(1, (filters, -1)) for x in (past, w))
     sizes = new.shape[0], new.shape[1], new.shape[2]

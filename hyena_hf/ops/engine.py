@@ -221,7 +221,7 @@ def _keeps_spectra(conv: Conv, backend: str | None) -> bool:
 
 
 @torch.library.custom_op("hyena_hf::long_conv", mutates_args=())
-def long_conv(
+def long_conv(  # noqa: PLR0913 (an operator of torch takes tensors, no objects)
     u: Tensor,
     h: Tensor,
     h_reverse: Tensor | None,
@@ -233,7 +233,7 @@ def long_conv(
     exact: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (B, C, L), and what backward wants again: spectra of input and filters as real pairs, or empty tensors."""
+    """Output (B, C, L), and what backward wants again: spectra of input and filters in real pairs, or empty tensors."""
     length = u.shape[-1]
     conv = Conv(u, h[:, :length], _before(h_reverse, length), direct, pregate, postgate, exact)
     backend = choose(backend, conv) if spectrum is None else _with_spectrum(backend, conv)
@@ -275,7 +275,7 @@ def _relaxed(conv: Conv) -> Tensor:
 
 
 @long_conv.register_fake
-def _(u, h, h_reverse, direct, pregate, postgate, spectrum, backend, exact, keep):  # noqa: ANN001, ANN202, ARG001
+def _(u, h, h_reverse, direct, pregate, postgate, spectrum, backend, exact, keep):  # noqa: ARG001, PLR0913 (one signature)
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     if not keep:
         return y, u.new_empty(0), u.new_empty(0)
@@ -286,7 +286,7 @@ def _(u, h, h_reverse, direct, pregate, postgate, spectrum, backend, exact, keep
 
 
 @torch.library.custom_op("hyena_hf::long_conv_backward", mutates_args=())
-def long_conv_backward(
+def long_conv_backward(  # noqa: PLR0913
     grad: Tensor,
     u: Tensor,
     h: Tensor,
@@ -334,7 +334,7 @@ def _finish(grad: Tensor | None, x: Tensor | None, need: bool) -> Tensor:
 
 
 @long_conv_backward.register_fake
-def _(grad, u, h, h_reverse, direct, pregate, postgate, spectrum, kept_input, kept_kernel, backend, exact, needs):  # noqa: ANN001, ANN202, ARG001
+def _(grad, u, h, h_reverse, direct, pregate, postgate, spectrum, kept_input, kept_kernel, backend, exact, needs):  # noqa: ARG001, PLR0913 (one signature)
     inputs = u, h, h_reverse, direct, pregate, postgate
     return [
         torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and need else torch.empty(0)
@@ -349,7 +349,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.options = backend, exact
 
 
-def _backward(ctx, grad, *_):  # noqa: ANN202
+def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 10
     if torch.is_grad_enabled():

@@ -160,9 +160,9 @@ def causal_fftconv(
         pregate: Multiplies the input, (B, C, L).
         postgate: Multiplies the output, (B, C, L).
         backend: One of `hyena_hf.ops.engine.BACKENDS`, or None for the fastest that serves.
-        exact: Sum float32 convolutions on a CPU in float64 and round once (unless
-            `torch.set_float32_matmul_precision("high")` says otherwise): outputs then are the same bits whatever stands
-            behind them. About 2.5 times the time.
+        exact: Sum float32 convolutions on a CPU in float64 and round once, unless
+            `torch.set_float32_matmul_precision("high")` says otherwise. Outputs are then the same bits whatever stands
+            behind them, for about 2.5 times the time.
 
     Returns:
         postgate * (h conv w + direct * w) with w = pregate * u, (B, C, L), dtype of `u`.

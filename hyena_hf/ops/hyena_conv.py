@@ -47,7 +47,7 @@ class _Taps:
         self.weight, self.bias = _streams(weight), None if bias is None else _streams(bias)
 
     def into(self, out: Tensor, x: Tensor, stream: int, part: slice) -> Tensor:
-        """out = short convolution of x (m, L)."""
+        """Set out to the short convolution of x (m, L)."""
         add_taps(out, x, self.weight[stream, part], None if self.bias is None else self.bias[stream, part])
         return out
 
@@ -66,7 +66,7 @@ def _hyena_conv(
     spectrum: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y and what backward wants again, h conv w + direct * w, or an empty tensor."""
+    """Output y and what backward wants again, h conv w + direct * w, or an empty tensor."""
     batch, length, channels = p.shape[0], p.shape[-1], h.shape[0]
     work, kernel, taps = _work(p, h.shape[1], spectrum), _kernel(p, h, direct, spectrum), _Taps(weight, bias)
     y = p.new_empty(batch, channels, length)
@@ -89,13 +89,13 @@ def _hyena_conv(
 
 
 @_hyena_conv.register_fake
-def _(p, weight, bias, h, direct, spectrum, keep):  # noqa: ANN001, ANN202, ARG001
+def _(p, weight, bias, h, direct, spectrum, keep):  # noqa: ARG001 (one signature)
     y = p.new_empty(p.shape[0], h.shape[0], p.shape[-1])
     return y, torch.empty_like(y) if keep else p.new_empty(0)
 
 
 @torch.library.custom_op("hyena_hf::hyena_conv_backward", mutates_args=())
-def _hyena_conv_backward(
+def _hyena_conv_backward(  # noqa: PLR0913 (an operator of torch takes tensors, no objects)
     grad: Tensor,
     kept: Tensor,
     p: Tensor,
@@ -150,7 +150,7 @@ def _hyena_conv_backward(
 
 
 @_hyena_conv_backward.register_fake
-def _(grad, kept, p, weight, bias, h, direct, spectrum, needs_filter):  # noqa: ANN001, ANN202, ARG001
+def _(grad, kept, p, weight, bias, h, direct, spectrum, needs_filter):  # noqa: ARG001, PLR0913 (one signature)
     def like(x: Tensor | None, need: bool = True) -> Tensor:
         return p.new_empty(x.shape, dtype=x.dtype) if x is not None and need else p.new_empty(0)
 
@@ -171,9 +171,8 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
         )
     _, _, needs_bias, needs_h, needs_direct, *_ = ctx.needs_input_grad
     grads = _hyena_conv_backward(grad, *ctx.saved_tensors, needs_h or needs_direct)
-    of_p, of_weight, of_bias, of_h, of_direct = grads
-    of_bias = of_bias if needs_bias else None
-    return of_p, of_weight, of_bias, of_h if needs_h else None, of_direct if needs_direct else None, None, None
+    needs = True, True, needs_bias, needs_h, needs_direct
+    return *(found if need else None for found, need in zip(grads, needs, strict=True)), None, None
 
 
 _hyena_conv.register_autograd(_backward, setup_context=_setup_context)
@@ -201,7 +200,7 @@ def hyena_conv(
     Raises:
         ValueError, TypeError: Shapes, devices or dtypes do not fit.
 
-    Fastest on CPUs. Differentiable once in all tensors but a `FilterSpectrum`. Causal to rounding, in the dtype of `p`.
+    Fastest on CPUs. Differentiable once in all tensors but a `FilterSpectrum`. Causal up to rounding.
     """
     spectrum = None
     if isinstance(h, FilterSpectrum):

@@ -20,7 +20,7 @@ _BLOCK = 1 << 16
 
 
 def add_taps(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """out = bias + sum of shifted taps; x and out (.., C, L), weight (C, K), bias (C,)."""
+    """Set out to bias + sum of shifted taps; x and out (.., C, L), weight (C, K), bias (C,)."""
     taps, length = weight.shape[1], x.shape[-1]
     torch.mul(x, weight[:, taps - 1 :], out=out)
     for k in range(max(taps - length, 0), taps - 1):
@@ -31,7 +31,7 @@ def add_taps(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Non
 
 
 def add_taps_transposed(out: Tensor, grad: Tensor, weight: Tensor) -> None:
-    """out = gradient of x in `add_taps`, from the gradient of its output."""
+    """Set out to the gradient of x in `add_taps`, from the gradient of its output."""
     taps, length = weight.shape[1], grad.shape[-1]
     torch.mul(grad, weight[:, taps - 1 :], out=out)
     for k in range(max(taps - length, 0), taps - 1):

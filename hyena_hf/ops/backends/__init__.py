@@ -5,5 +5,6 @@
     forward(u, h, direct, pregate, postgate)                  y = postgate * (h conv w + direct * w), w = pregate * u
     backward(grad, u, h, direct, pregate, postgate, needs)    gradients of the five tensors where needs[i], else None
 
-`hyena_hf.ops.fftconv` has validated and cast the tensors, and chooses. Shapes: u, gates (B, C, L), h (H, K), direct (H,).
+`hyena_hf.ops.engine` chooses and calls. `torch` and `blocked` are `fft`; it, `overlap_save` and `matrix` have forms of
+their own. Shapes: u, gates (B, C, L), h (H, K), direct (H,).
 """

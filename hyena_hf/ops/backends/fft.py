@@ -137,7 +137,7 @@ class Blocks:
 
 
 def write(out: Tensor, x: Tensor, gate: Tensor | None) -> None:
-    """out = gate * x, rounded in the dtype of `out` only."""
+    """Set out to gate * x, rounded in the dtype of `out` only."""
     if gate is None:
         out.copy_(x)
     elif x.dtype == out.dtype:
@@ -147,12 +147,12 @@ def write(out: Tensor, x: Tensor, gate: Tensor | None) -> None:
 
 
 def gated(x: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """gate * x in a dtype."""
+    """Return gate * x in a dtype."""
     return x.to(dtype) if gate is None else x.to(dtype) * gate
 
 
 def multiply_into(out: Tensor, z: Tensor, gate: Tensor | None) -> None:
-    """out = gate * z, rounded to the dtype of `out` at the end."""
+    """Set out to gate * z, rounded to the dtype of `out` at the end."""
     if gate is None:
         out.copy_(z)
     elif z.dtype == out.dtype:
@@ -238,13 +238,16 @@ class Gradients:
                 return None
             return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
-        wide = [like(x, needs.kernel, work.dtype) for x in (kernel.h, kernel.h_reverse)]
-        direct = (
-            None if kernel.direct is None or not needs.direct else torch.zeros_like(kernel.direct, dtype=work.dtype)
+        direct = like(kernel.direct, needs.direct, work.dtype)
+        return cls(
+            rows,
+            u=like(rows.u, needs.u, rows.u.dtype),
+            pregate=like(rows.pregate, needs.pregate, rows.u.dtype),
+            postgate=like(rows.postgate, needs.postgate, rows.u.dtype),
+            h=like(kernel.h, needs.kernel, work.dtype),
+            h_reverse=like(kernel.h_reverse, needs.kernel, work.dtype),
+            direct=None if direct is None else direct.zero_(),
         )
-        dtype = rows.u.dtype
-        inputs = (rows.u, needs.u), (rows.pregate, needs.pregate), (rows.postgate, needs.postgate)
-        return cls(rows, *(like(x, need, dtype) for x, need in inputs), *wide, direct)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Of u, h, h_reverse, direct, pregate, postgate, in their shapes."""
@@ -297,7 +300,7 @@ class _Buffer:
 def forward(
     u: Tensor, kernel: Kernel, gates: Gates, work: Work, *, keep: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """postgate * (kernel conv (pregate * u)).
+    """Compute postgate * (kernel conv (pregate * u)).
 
     Args:
         u: (B, C, L).

@@ -35,8 +35,12 @@ def _shared_memory(points: int) -> int:
 
 
 def refusal(
-    u: Tensor, h: Tensor, direct: Tensor | None, pregate: Tensor | None, postgate: Tensor | None
-) -> str | None:  # noqa: ARG001 (one interface)
+    u: Tensor,
+    h: Tensor,  # noqa: ARG001 (one interface)
+    direct: Tensor | None,  # noqa: ARG001
+    pregate: Tensor | None,  # noqa: ARG001
+    postgate: Tensor | None,  # noqa: ARG001
+) -> str | None:
     """Why the package cannot serve these tensors, as the end of a sentence; None if it can."""
     points = _points(u.shape[-1])
     if importlib.util.find_spec("flashfftconv") is None:
@@ -61,7 +65,7 @@ def _module(points: int, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def forward(u: Tensor, h: Tensor, direct: Tensor | None, pregate: Tensor | None, postgate: Tensor | None) -> Tensor:
-    """postgate * (h conv w + direct * w), w = pregate * u; shapes as in `causal_fftconv`."""
+    """Compute postgate * (h conv w + direct * w), w = pregate * u; shapes as in `causal_fftconv`."""
     length = u.shape[-1]
     points = _points(length)
     taps = h.repeat_interleave(u.shape[1] // h.shape[0], dim=0)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .fft import Blocks, Gradients, Kernel, Needs, Rows, Work, multiply_into, gated, next_even_5_smooth, write
+from .fft import Blocks, Gradients, Kernel, Needs, Rows, Work, gated, multiply_into, next_even_5_smooth, write
 
 
 # Points of a frame that FFT libraries transform fastest.
@@ -79,7 +79,7 @@ class _Signal:
 def forward(
     u: Tensor, kernel: Kernel, gates: tuple[Tensor | None, Tensor | None], work: Work, frames: Frames
 ) -> Tensor:
-    """postgate * (kernel conv (pregate * u)); arguments and result as in `fft.forward`, `work.n` that of a frame."""
+    """Compute postgate * (kernel conv (pregate * u)); arguments as in `fft.forward`, `work.n` of a frame."""
     rows = Rows.of(u, gates, kernel.h.shape[0])
     blocks = Blocks.of(rows.sizes, work.floats // (frames.count * frames.size))
     signal, lead = _Signal(u, blocks, frames, work.dtype), kernel.h.shape[1] - 1

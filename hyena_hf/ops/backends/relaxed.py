@@ -16,7 +16,7 @@ _TILE = 64
 
 
 def convolve(w: Tensor, h: Tensor) -> Tensor:
-    """h conv w.
+    """Convolve w with h.
 
     Args:
         w: (B, H, G, L), contiguous; G channels share a filter.
