@@ -18,9 +18,9 @@ A row of up to 16384 points is transformed on chip. Longer ones take an outer st
 P transforms on chip of N / P points between two matrix products.
 
 Precision: float32 inputs are multiplied in float32 (no TF32). Float16 and bfloat16 inputs are multiplied in float16
-and summed in float32; every row and every spectrum is divided by a power of two first and stages are orthonormal, so
-nothing overflows, and bfloat16 inputs lose no more than float16 ones. Gates, direct tap, products of spectra and sums
-over rows are float32. Filter spectra come from torch's float32 FFT: one per filter, not per row, of any size.
+and summed in float32; every row and every spectrum is divided by a power of two first and stages preserve magnitudes,
+so nothing overflows, and bfloat16 inputs lose no more than float16 ones. Gates, direct tap, products of spectra and
+sums over rows are float32. Filter spectra come from torch's float32 FFT: one per filter, not per row, of any size.
 
 Sources: Fu et al. 2023, arXiv 2311.05908 (FlashFFTConv: Monarch transforms on tensor cores, fused gates); right-angle
 convolution is Crandall and Fagin 1994, "Discrete weighted transforms and large-integer arithmetic".
@@ -45,7 +45,8 @@ from torch import Tensor
 _KERNELS = "hyena_hf.ops.backends._triton_kernels"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Points on chip: factors of the transform, warps; from compiling for sm_80 and sm_90 without register spills.
+# Points on chip: factors of the transform, warps. Chosen by what the compiler reports for sm_80 and sm_90: nothing
+# spills out of registers but a few hundred bytes a thread at 16384 points and in gradients.
 _ON_CHIP = {
     256: ((16, 16), 1),
     512: ((32, 16), 2),
@@ -63,6 +64,8 @@ _MOST_POINTS = {
     (True, False): (1024, 1024),
     (True, True): (512, 512),
 }
+# An outer stage of P points takes a P x P matrix, and P products a number.
+_MOST_OUTER_POINTS = 4096
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def shared_bytes(factors: Sequence[int], dtype: torch.dtype) -> int:
 
     One complex tile that is transposed, with the largest matrix, in the dtype of the products; float32 products take
     half as much again for their operands. The rest is slack for reductions and padding against bank conflicts.
-    Checked by compiling every plan for the sm_80, sm_86 and sm_90 targets.
+    A slow test compiles every plan for sm_80, sm_86 and sm_90, and compares.
     """
     numbers = math.prod(factors) + max(factors) ** 2
     return numbers * (12 if dtype == torch.float32 else 4) + 4096
@@ -138,6 +141,12 @@ def plan_for(
     return Plan(factors, outer=-(-length // chip), warps=warps, programs=8 * processors)
 
 
+def outer_tile(outer: int, chip: int, dtype: torch.dtype) -> dict[str, int]:
+    """Constants of the kernels of the outer stage: points of the transforms on chip, lines and columns of a tile."""
+    lines = min(max(1 << (outer - 1).bit_length(), 16), 32 if dtype == torch.float32 else 64)
+    return {"CHIP": chip, "LINES": lines, "POINTS": min(4096 // lines, chip)}
+
+
 def _interpreted() -> bool:
     """Whether kernels run in Triton's interpreter: decided when they were imported, or will be."""
     module = sys.modules.get(_KERNELS)
@@ -148,12 +157,13 @@ def _kernels() -> ModuleType:
     return importlib.import_module(_KERNELS)
 
 
-def _default_plan(u: Tensor, *, gradients: bool) -> Plan:
-    if not u.is_cuda:  # the interpreter has no such limits: those of a consumer card
-        return plan_for(u.shape[-1], u.dtype, 101_376, gradients=gradients)
-    device = torch.cuda.get_device_properties(u.device)
-    shared = device.shared_memory_per_block_optin
-    return plan_for(u.shape[-1], u.dtype, shared, device.multi_processor_count, gradients=gradients)
+@lru_cache(maxsize=256)
+def _default_plan(length: int, dtype: torch.dtype, device: torch.device, *, gradients: bool) -> Plan:
+    if device.type != "cuda":  # the interpreter has no such limits: those of a consumer card
+        return plan_for(length, dtype, 101_376, gradients=gradients)
+    limits = torch.cuda.get_device_properties(device)
+    shared, processors = limits.shared_memory_per_block_optin, limits.multi_processor_count
+    return plan_for(length, dtype, shared, processors, gradients=gradients)
 
 
 # constants and spectra
@@ -335,11 +345,9 @@ class _Work:
         _launch("outer_inverse", grid, self.device, values, *scales, *tensors, matrix, *sizes, **tile)
 
     def _outer_tiles(self) -> tuple[tuple[int, int, int], dict[str, int]]:
-        outer, chip = self.plan.outer, self.plan.chip
-        lines = min(max(1 << (outer - 1).bit_length(), 16), 32 if self.product == torch.float32 else 64)
-        points = min(4096 // lines, chip)
-        grid = self.batch * self.channels, -(-outer // lines), chip // points
-        return grid, {"CHIP": chip, "LINES": lines, "POINTS": points, "num_warps": 4}
+        tile = outer_tile(self.plan.outer, self.plan.chip, self.product)
+        grid = self.batch * self.channels, -(-self.plan.outer // tile["LINES"]), tile["CHIP"] // tile["POINTS"]
+        return grid, tile | {"num_warps": 4}
 
     def inner(
         self,
@@ -550,6 +558,9 @@ def refusal(u: Tensor, *_others: Tensor | None) -> str | None:
         return "triton is not installed"
     if not u.is_cuda and not _interpreted():
         return f"its kernels run on CUDA devices, not on {u.device} (but for TRITON_INTERPRET=1, set at the start)"
+    outer = max(_default_plan(u.shape[-1], u.dtype, u.device, gradients=g).outer for g in (False, True))
+    if outer > _MOST_OUTER_POINTS:
+        return f"its outer stage takes at most {_MOST_OUTER_POINTS} points, but {u.shape[-1]} tokens need {outer}"
     return _unsound(u.dtype, u.device)
 
 
@@ -583,7 +594,7 @@ def forward(
         RuntimeError: The self-check of the device fails.
     """
     _require_sound(u)
-    plan = _default_plan(u, gradients=False) if plan is None else plan
+    plan = _default_plan(u.shape[-1], u.dtype, u.device, gradients=False) if plan is None else plan
     return _convolve(u, h, direct, pregate, postgate, plan)
 
 
@@ -613,5 +624,5 @@ def backward(
     _require_sound(u)
     given = (u, h, direct, pregate, postgate)
     needs = [need and tensor is not None for need, tensor in zip(needs, given, strict=True)]
-    plan = _default_plan(u, gradients=True) if plan is None else plan
+    plan = _default_plan(u.shape[-1], u.dtype, u.device, gradients=True) if plan is None else plan
     return _gradients(grad, u, h, direct, pregate, postgate, needs, plan)
