@@ -233,7 +233,7 @@ def long_conv(  # noqa: PLR0913 (an operator of torch takes tensors, no objects)
     exact: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (B, C, L), and what backward wants again: spectra of input and filters in real pairs, or empty tensors."""
+    """Output (B, C, L), and what backward wants again: spectra of input and filters as pairs, or empty tensors."""
     length = u.shape[-1]
     conv = Conv(u, h[:, :length], _before(h_reverse, length), direct, pregate, postgate, exact)
     backend = choose(backend, conv) if spectrum is None else _with_spectrum(backend, conv)

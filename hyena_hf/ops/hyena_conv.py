@@ -169,7 +169,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
         raise RuntimeError(
             "hyena_conv is differentiable once; call backward or torch.autograd.grad without create_graph=True"
         )
-    _, _, needs_bias, needs_h, needs_direct, *_ = ctx.needs_input_grad
+    needs_bias, needs_h, needs_direct = ctx.needs_input_grad[2:5]
     grads = _hyena_conv_backward(grad, *ctx.saved_tensors, needs_h or needs_direct)
     needs = True, True, needs_bias, needs_h, needs_direct
     return *(found if need else None for found, need in zip(grads, needs, strict=True)), None, None
