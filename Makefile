@@ -13,7 +13,7 @@ ENV := .venv/.installed
 ENV_MIN := .venv-min/.installed
 
 MIN_TESTS := $(wildcard tests/test_config*.py tests/test_model*.py tests/test_cache*.py tests/test_generat*.py \
-	tests/test_bad_input.py tests/test_bidirectional.py tests/test_heads.py tests/test_ecosystem.py)
+	tests/test_bad_input.py tests/test_long_context.py tests/test_bidirectional.py tests/test_heads.py tests/test_ecosystem.py)
 BENCHES := $(sort $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/bench_*.py)))
 
 .DEFAULT_GOAL := help
@@ -41,8 +41,10 @@ check: $(ENV)  ## formatting, lint, types, import contracts, spelling
 	.venv/bin/lint-imports
 	$(PY) -m codespell_lib
 
-gpu: $(ENV)  ## the tests that need an accelerator
-	@$(PY) -m pytest -m gpu || { code=$$?; [ $$code -eq 5 ] && echo "make gpu: no test is marked gpu yet" || exit $$code; }
+gpu: $(ENV)  ## the tests that need an accelerator, then its benchmarks
+	$(PY) -m pytest -m gpu
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(PY) -m benchmarks.bench_fftconv --only gpu; else echo "make gpu: torch sees no CUDA device"; fi
 
 bench: $(ENV)  ## every benchmarks/bench_*.py; results go to benchmarks/results
 	@set -e; for bench in $(BENCHES); do echo "$(PY) -m benchmarks.$$bench"; $(PY) -m benchmarks.$$bench; done
