@@ -20,11 +20,12 @@ B batch, C channels, H filters, L length, K taps, n FFT length.
 
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,6 +90,12 @@ class Conv:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """All of them, in the order of the fields."""
         return self.u, self.h, self.h_reverse, self.direct, self.pregate, self.postgate
+
+    def within_reach(self) -> "Conv":
+        """Without the taps that no input reaches."""
+        length = self.u.shape[-1]
+        ahead = None if self.h_reverse is None else self.h_reverse[:, : length - 1]
+        return Conv(self.u, self.h[:, :length], ahead, self.direct, self.pregate, self.postgate, self.exact)
 
     def causal(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The five tensors that backends with kernels of their own take."""
@@ -207,60 +214,37 @@ def convolve(conv: Conv, backend: str | None, spectrum: Tensor | None = None) ->
         if h_reverse is not None:
             return matrix.bidirectional(u, h, h_reverse, direct, pregate, postgate)
         return matrix.convolve(u, h, direct, pregate, postgate)
-    keep = spectrum is None and _keeps_spectra(conv, backend)
-    return long_conv(u, h, h_reverse, direct, pregate, postgate, spectrum, backend or "", conv.exact, keep)[0]
+    if torch.compiler.is_compiling():
+        return long_conv(*conv.tensors(), spectrum, backend or "", conv.exact)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in conv.tensors()):
+        return _LongConv.apply(*conv.tensors(), spectrum, backend or "", conv.exact)
+    return _compute(conv, spectrum, backend or "")[0]
 
 
-def _keeps_spectra(conv: Conv, backend: str | None) -> bool:
-    """Whether spectra are kept for backward: where the reference is chosen and all is small."""
-    if torch.compiler.is_compiling() or conv.u.device.type != "cpu" or conv.u.dtype == torch.float64:
-        return False
-    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in conv.tensors()):
-        return False
-    return (backend or _fastest(conv)) == "torch" and 2 * conv.u.numel() <= _SMALL
+Kept = tuple[Tensor, Tensor]
 
 
-@torch.library.custom_op("hyena_hf::long_conv", mutates_args=())
-def long_conv(  # noqa: PLR0913 (an operator of torch takes tensors, no objects)
-    u: Tensor,
-    h: Tensor,
-    h_reverse: Tensor | None,
-    direct: Tensor | None,
-    pregate: Tensor | None,
-    postgate: Tensor | None,
-    spectrum: Tensor | None,
-    backend: str,
-    exact: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (B, C, L), and what backward wants again: spectra of input and filters as pairs, or empty tensors."""
-    length = u.shape[-1]
-    conv = Conv(u, h[:, :length], _before(h_reverse, length), direct, pregate, postgate, exact)
+def _compute(conv: Conv, spectrum: Tensor | None, backend: str, *, keep: bool = False) -> tuple[Tensor, Kept | None]:
+    """Output (B, C, L), and if asked for, where all is small, the spectra of input and filters for backward."""
+    conv = conv.within_reach()
     backend = choose(backend, conv) if spectrum is None else _with_spectrum(backend, conv)
-    gates = pregate, postgate
-    kept = u.new_empty(0), u.new_empty(0)
-    if backend == "torch" and u.dtype == torch.float64 and h_reverse is None and spectrum is None:
-        y = _relaxed(conv)
-    elif backend in ("torch", "blocked"):
-        n = None if spectrum is None else 2 * spectrum.shape[1] - 2
-        y, *spectra = fft.forward(u, conv.kernel(spectrum), gates, conv.work(backend, n), keep=keep)
-        if spectra[0] is not None and spectra[1] is not None:
-            kept = torch.view_as_real(spectra[0]), torch.view_as_real(spectra[1])
-    elif backend == "overlap_save":
-        frames = overlap_save.Frames.of(length, conv.h.shape[1])
-        y = overlap_save.forward(u, conv.kernel(), gates, conv.work(backend, frames.size), frames)
-    else:
-        y = _module(backend).forward(*conv.causal())
-    return y, *kept
+    gates = conv.pregate, conv.postgate
+    if backend == "torch" and conv.u.dtype == torch.float64 and conv.h_reverse is None and spectrum is None:
+        return _relaxed(conv), None
+    if backend in ("torch", "blocked"):
+        work = conv.work(backend, None if spectrum is None else 2 * spectrum.shape[1] - 2)
+        keep = keep and backend == "torch" and conv.u.device.type == "cpu" and 2 * conv.u.numel() <= _SMALL
+        y, *kept = fft.forward(conv.u, conv.kernel(spectrum), gates, work, keep=keep)
+        return y, (kept[0], kept[1]) if kept[0] is not None and kept[1] is not None else None
+    if backend == "overlap_save":
+        frames = overlap_save.Frames.of(conv.u.shape[-1], conv.h.shape[1])
+        return overlap_save.forward(conv.u, conv.kernel(), gates, conv.work(backend, frames.size), frames), None
+    return _module(backend).forward(*conv.causal()), None
 
 
 def _with_spectrum(requested: str, conv: Conv) -> str:
     """The backend of filters that have been transformed already."""
     return requested or ("blocked" if conv.u.device.type == "cpu" and 2 * conv.u.numel() > _SMALL else "torch")
-
-
-def _before(h_reverse: Tensor | None, length: int) -> Tensor | None:
-    return None if h_reverse is None else h_reverse[:, : length - 1]
 
 
 def _relaxed(conv: Conv) -> Tensor:
@@ -274,15 +258,83 @@ def _relaxed(conv: Conv) -> Tensor:
     return y.contiguous() if conv.postgate is None else y * conv.postgate
 
 
+def _gradients(
+    grad: Tensor, whole: Conv, spectrum: Tensor | None, backend: str, needs: Sequence[bool], kept: Kept | None = None
+) -> list[Tensor | None]:
+    """Gradients of the six tensors of a convolution where they are needed."""
+    conv = whole.within_reach()
+    backend = choose(backend, conv) if spectrum is None else _with_spectrum(backend, conv)
+    wants = Needs(needs[0], needs[1] or needs[2], needs[3], needs[4], needs[5])
+    gates = conv.pregate, conv.postgate
+    if backend in ("torch", "blocked"):
+        work = conv.work(backend, None if spectrum is None else 2 * spectrum.shape[1] - 2)
+        found = fft.backward(grad, conv.u, conv.kernel(spectrum), gates, work, wants, kept).tensors()
+    elif backend == "overlap_save":
+        frames = overlap_save.Frames.of(conv.u.shape[-1], conv.h.shape[1])
+        work = conv.work(backend, frames.size)
+        found = overlap_save.backward(grad, conv.u, conv.kernel(), gates, work, frames, wants).tensors()
+    else:
+        of_u, of_h, *others = _module(backend).backward(grad, *conv.causal(), [needs[0], needs[1], *needs[3:]])
+        found = of_u, of_h, None, *others
+    return [_like(*three) for three in zip(found, whole.tensors(), needs, strict=True)]
+
+
+def _like(grad: Tensor | None, x: Tensor | None, need: bool) -> Tensor | None:
+    """A gradient in the shape and dtype of its input: taps out of reach have none."""
+    if grad is None or x is None or not need:
+        return None
+    if grad.ndim == 2 and grad.shape != x.shape:
+        grad = torch.nn.functional.pad(grad, (0, x.shape[1] - grad.shape[1]))
+    return grad.to(x.dtype)
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a long convolution is differentiable once; call backward or torch.autograd.grad without create_graph=True"
+        )
+
+
+class _LongConv(torch.autograd.Function):
+    """The operator outside compiled graphs: it may keep spectra, and costs half the overhead of a custom one."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        spectrum, backend, exact = inputs[6:]
+        y, kept = _compute(Conv(*inputs[:6], exact=exact), spectrum, backend, keep=True)
+        ctx.save_for_backward(*inputs[:7], *(kept or ()))
+        ctx.options = backend, exact
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
+        saved = ctx.saved_tensors  # may be read once: checkpointing counts
+        backend, exact = ctx.options
+        conv, kept = Conv(*saved[:6], exact=exact), (saved[7], saved[8]) if len(saved) > 7 else None
+        found = _gradients(grad_outputs[0], conv, saved[6], backend, ctx.needs_input_grad[:6], kept)
+        return *found, None, None, None
+
+
+@torch.library.custom_op("hyena_hf::long_conv", mutates_args=())
+def long_conv(  # noqa: PLR0913 (an operator of torch takes tensors, no objects)
+    u: Tensor,
+    h: Tensor,
+    h_reverse: Tensor | None,
+    direct: Tensor | None,
+    pregate: Tensor | None,
+    postgate: Tensor | None,
+    spectrum: Tensor | None,
+    backend: str,
+    exact: bool,
+) -> Tensor:
+    """The operator in graphs: a convolution with its gates, (B, C, L)."""
+    return _compute(Conv(u, h, h_reverse, direct, pregate, postgate, exact), spectrum, backend)[0]
+
+
 @long_conv.register_fake
-def _(u, h, h_reverse, direct, pregate, postgate, spectrum, backend, exact, keep):  # noqa: ARG001, PLR0913 (one signature)
-    y = torch.empty_like(u, memory_format=torch.contiguous_format)
-    if not keep:
-        return y, u.new_empty(0), u.new_empty(0)
-    conv = Conv(u, h[:, : u.shape[-1]], _before(h_reverse, u.shape[-1]), direct, pregate, postgate, exact)
-    work = conv.work("torch")
-    shape = u.shape[0], h.shape[0], u.shape[1] // h.shape[0], work.n // 2 + 1, 2
-    return y, u.new_empty(shape, dtype=work.dtype), u.new_empty(shape[1], 1, *shape[3:], dtype=work.dtype)
+def _(u, h, h_reverse, direct, pregate, postgate, spectrum, backend, exact):  # noqa: ARG001, PLR0913 (one signature)
+    return torch.empty_like(u, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("hyena_hf::long_conv_backward", mutates_args=())
@@ -295,70 +347,39 @@ def long_conv_backward(  # noqa: PLR0913
     pregate: Tensor | None,
     postgate: Tensor | None,
     spectrum: Tensor | None,
-    kept_input: Tensor,
-    kept_kernel: Tensor,
     backend: str,
     exact: bool,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Gradients of the six tensors of a convolution; an empty tensor for each that is not needed."""
-    length = u.shape[-1]
-    conv = Conv(u, h[:, :length], _before(h_reverse, length), direct, pregate, postgate, exact)
-    backend = choose(backend, conv) if spectrum is None else _with_spectrum(backend, conv)
-    wants = Needs(needs[0], needs[1] or needs[2], needs[3], needs[4], needs[5])
-    gates = pregate, postgate
-    if backend in ("torch", "blocked"):
-        kept = None
-        if kept_input.numel():
-            kept = torch.view_as_complex(kept_input), torch.view_as_complex(kept_kernel)
-        n = None if spectrum is None else 2 * spectrum.shape[1] - 2
-        found = fft.backward(grad, u, conv.kernel(spectrum), gates, conv.work(backend, n), wants, kept).tensors()
-    elif backend == "overlap_save":
-        frames = overlap_save.Frames.of(length, conv.h.shape[1])
-        work = conv.work(backend, frames.size)
-        found = overlap_save.backward(grad, u, conv.kernel(), gates, work, frames, wants).tensors()
-    else:
-        of_u, of_h, *others = _module(backend).backward(grad, *conv.causal(), [needs[0], needs[1], *needs[3:]])
-        found = of_u, of_h, None, *others
-    inputs = u, h, h_reverse, direct, pregate, postgate
-    return [_finish(*three) for three in zip(found, inputs, needs, strict=True)]
-
-
-def _finish(grad: Tensor | None, x: Tensor | None, need: bool) -> Tensor:
-    """A gradient in the shape and dtype of its input: taps out of reach have none."""
-    if grad is None or x is None or not need:
-        return torch.empty(0)
-    if grad.ndim == 2 and grad.shape != x.shape:
-        grad = torch.nn.functional.pad(grad, (0, x.shape[1] - grad.shape[1]))
-    return grad.to(x.dtype)
+    """Gradients of the six tensors of a convolution in graphs; an empty tensor for each that is not needed."""
+    conv = Conv(u, h, h_reverse, direct, pregate, postgate, exact)
+    found = _gradients(grad, conv, spectrum, backend, needs)
+    return [u.new_empty(0) if x is None else x for x in found]
 
 
 @long_conv_backward.register_fake
-def _(grad, u, h, h_reverse, direct, pregate, postgate, spectrum, kept_input, kept_kernel, backend, exact, needs):  # noqa: ARG001, PLR0913 (one signature)
+def _(grad, u, h, h_reverse, direct, pregate, postgate, spectrum, backend, exact, needs):  # noqa: ARG001, PLR0913
     inputs = u, h, h_reverse, direct, pregate, postgate
     return [
-        torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and need else torch.empty(0)
+        u.new_empty(0) if x is None or not need else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x, need in zip(inputs, needs, strict=True)
     ]
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, backend, exact, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output[1:])
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # noqa: ARG001 (torch's signature)
+    *tensors, backend, exact = inputs
+    ctx.save_for_backward(*tensors)
     ctx.options = backend, exact
 
 
-def _backward(ctx, grad, *_):
-    if grad is None:
-        return (None,) * 10
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "a long convolution is differentiable once; call backward or torch.autograd.grad without create_graph=True"
-        )
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivative()
     needs = [bool(need) for need in ctx.needs_input_grad[:6]]
     grads = long_conv_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
-    return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
 
 
 long_conv.register_autograd(_backward, setup_context=_setup_context)
+
+
+__all__ = ["BACKENDS", "Conv", "choose", "convolve", "one_pass_serves", "refusal", "requested_backend", "use_backend"]

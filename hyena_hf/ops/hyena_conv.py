@@ -14,6 +14,7 @@ Measured against the published operator in benchmarks/results/mixer.md.
 B batch, D channels, L length, K taps of the short convolution, n FFT length.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,8 +57,7 @@ def _rows(channels: int, work: Work) -> int:
     return min(max(work.floats // work.n, 2), channels)
 
 
-@torch.library.custom_op("hyena_hf::hyena_conv", mutates_args=())
-def _hyena_conv(
+def _compute(
     p: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -88,14 +88,7 @@ def _hyena_conv(
     return y, kept
 
 
-@_hyena_conv.register_fake
-def _(p, weight, bias, h, direct, spectrum, keep):  # noqa: ARG001 (one signature)
-    y = p.new_empty(p.shape[0], h.shape[0], p.shape[-1])
-    return y, torch.empty_like(y) if keep else p.new_empty(0)
-
-
-@torch.library.custom_op("hyena_hf::hyena_conv_backward", mutates_args=())
-def _hyena_conv_backward(  # noqa: PLR0913 (an operator of torch takes tensors, no objects)
+def _gradients(  # noqa: PLR0913 (an operator of torch takes tensors, no objects)
     grad: Tensor,
     kept: Tensor,
     p: Tensor,
@@ -149,7 +142,50 @@ def _hyena_conv_backward(  # noqa: PLR0913 (an operator of torch takes tensors, 
     return grad_p, grad_weight, grad_bias, grad_h, grad_direct
 
 
-@_hyena_conv_backward.register_fake
+class _HyenaConv(torch.autograd.Function):
+    """The operator outside compiled graphs, at half the overhead of a custom one."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        p, weight, bias, h, direct, spectrum = inputs
+        y, kept = _compute(p, weight, bias, h, direct, spectrum, True)
+        ctx.save_for_backward(kept, *inputs)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad_outputs[0], _gradients)
+
+
+@torch.library.custom_op("hyena_hf::hyena_conv", mutates_args=())
+def _in_graphs(
+    p: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, direct: Tensor, spectrum: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor]:
+    return _compute(p, weight, bias, h, direct, spectrum, keep)
+
+
+@_in_graphs.register_fake
+def _(p, weight, bias, h, direct, spectrum, keep):  # noqa: ARG001 (one signature)
+    y = p.new_empty(p.shape[0], h.shape[0], p.shape[-1])
+    return y, torch.empty_like(y) if keep else p.new_empty(0)
+
+
+@torch.library.custom_op("hyena_hf::hyena_conv_backward", mutates_args=())
+def _gradients_in_graphs(  # noqa: PLR0913 (an operator of torch takes tensors, no objects)
+    grad: Tensor,
+    kept: Tensor,
+    p: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    direct: Tensor,
+    spectrum: Tensor | None,
+    needs_filter: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _gradients(grad, kept, p, weight, bias, h, direct, spectrum, needs_filter)
+
+
+@_gradients_in_graphs.register_fake
 def _(grad, kept, p, weight, bias, h, direct, spectrum, needs_filter):  # noqa: ARG001, PLR0913 (one signature)
     def like(x: Tensor | None, need: bool = True) -> Tensor:
         return p.new_empty(x.shape, dtype=x.dtype) if x is not None and need else p.new_empty(0)
@@ -162,20 +198,25 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
     ctx.save_for_backward(output[1], *inputs[:6])
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, gradients: Callable[..., Any]) -> tuple[Tensor | None, ...]:
+    """Gradients of the six inputs of both operators."""
     if grad is None:
-        return (None,) * 7
+        return (None,) * 6
     if torch.is_grad_enabled():
         raise RuntimeError(
             "hyena_conv is differentiable once; call backward or torch.autograd.grad without create_graph=True"
         )
     needs_bias, needs_h, needs_direct = ctx.needs_input_grad[2:5]
-    grads = _hyena_conv_backward(grad, *ctx.saved_tensors, needs_h or needs_direct)
+    grads = gradients(grad, *ctx.saved_tensors, needs_h or needs_direct)
     needs = True, True, needs_bias, needs_h, needs_direct
-    return *(found if need else None for found, need in zip(grads, needs, strict=True)), None, None
+    return *(found if need else None for found, need in zip(grads, needs, strict=True)), None
 
 
-_hyena_conv.register_autograd(_backward, setup_context=_setup_context)
+def _backward_in_graphs(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    return *_backward(ctx, grad, _gradients_in_graphs), None
+
+
+_in_graphs.register_autograd(_backward_in_graphs, setup_context=_setup_context)
 
 
 def hyena_conv(
@@ -221,8 +262,12 @@ def hyena_conv(
         raise ValueError(f"expected weight (3 D, K) and bias (3 D,), got {tuple(weight.shape)} and {shape}")
     if direct.shape != h.shape[:1]:
         raise ValueError(f"direct must have shape ({h.shape[0]},), one value a filter, got {tuple(direct.shape)}")
-    wanted = any(x is not None and x.requires_grad for x in (p, *tensors.values()))
-    y = _hyena_conv(p, weight, bias, h, direct, spectrum, torch.is_grad_enabled() and wanted)[0]
+    inputs = p, weight, bias, h, direct, spectrum
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if torch.compiler.is_compiling():
+        y = _in_graphs(*inputs, wanted)[0]
+    else:
+        y = _HyenaConv.apply(*inputs) if wanted else _compute(*inputs, False)[0]
     check_finite("hyena_conv", y, p=p, **tensors)
     return y
 
