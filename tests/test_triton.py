@@ -47,6 +47,12 @@ def kernels(interpret):
 @pytest.fixture(scope="module")
 def interpreter():
     with kernels(interpret=True) as module:
+        try:
+            backend.self_check(torch.float32, torch.device("cpu"), Plan((16, 16)))
+        except Exception as error:
+            if "only 0-dimensional arrays can be converted" not in str(error):
+                raise
+            pytest.skip("this version of Triton cannot interpret loops with numpy 2.4 or later")
         yield module
 
 
@@ -56,7 +62,11 @@ def sound(monkeypatch):
     monkeypatch.setattr(backend, "_unsound", lambda *_: None)
 
 
-pytestmark = pytest.mark.usefixtures("interpreter")
+pytestmark = [
+    pytest.mark.usefixtures("interpreter"),
+    # the interpreter of Triton 3.6
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"),
+]
 
 
 def make_inputs(batch, channels, filters, length, taps, dtype=torch.float32):
