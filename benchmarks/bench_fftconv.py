@@ -38,7 +38,6 @@ from benchmarks.timing import (
     Settings,
     device_time,
     memory_plot,
-    peak_memory,
     ratio_plot,
     ratio_table,
     run_sections,
@@ -181,7 +180,7 @@ def memory(settings: Settings) -> Page:
     names, rows = ("naive", "smooth", OURS), []
     curves: dict[str, dict[int, float]] = {name: {} for name in names}
     for shape in tqdm(chosen, desc="memory"):
-        peaks = [peak_memory(prepare_training, name, *shape) for name in names]
+        peaks = [settings.peak_memory(prepare_training, name, *shape) for name in names]
         if None in peaks:
             return ["## Memory", "Resident memory is read on Linux only."], {}
         found = dict(zip(names, (peak.mebibytes for peak in peaks if peak is not None), strict=True))
@@ -210,7 +209,8 @@ def direct_convolution(u: Tensor, h: Tensor) -> Tensor:
 
 def relative_error(found: Tensor, truth: Tensor) -> float:
     """Root mean square of the difference over that of the truth."""
-    return float((found.double() - truth).norm() / truth.norm())
+    found, truth = found.detach().double(), truth.detach()
+    return float((found - truth).norm() / truth.norm())
 
 
 def errors(settings: Settings) -> Page:

@@ -29,7 +29,6 @@ from benchmarks.timing import (
     Comparison,
     Settings,
     free_memory,
-    in_subprocess,
     ratio_table,
     run_sections,
     verdict,
@@ -244,7 +243,9 @@ def allocator(settings: Settings) -> Page:
         found = {}
         for cell in tqdm(SMOKE[:1] if settings.smoke else ALLOCATOR, desc=title):
             for name, environment in environments.items():
-                found[*cell, name] = in_subprocess(_compare_core, settings, cell, train, environment=environment)
+                found[*cell, name] = settings.in_subprocess(
+                    _compare_core, settings, cell, train, environment=environment
+                )
         lines += ["", f"{title}:", "", *ratio_table([*KEYS, "malloc"], found, means=False)]
     return lines, {}
 

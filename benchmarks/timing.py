@@ -334,14 +334,23 @@ class Settings:
 
     def compare(self, cases: Mapping[str, Call], **options: Any) -> Comparison:
         """`compare` with these settings."""
-        budget = options.pop("budget", self.budget)
-        return compare(cases, self.rounds, budget=budget, burst=1e-3 if self.smoke else 0.02, **options)
+        return compare(cases, self.rounds, budget=self.budget, burst=1e-3 if self.smoke else 0.02, **options)
+
+    def in_subprocess(self, function: Callable, *arguments: Any, environment: Mapping[str, str] | None = None) -> Any:
+        """`in_subprocess`, but at once in this process where all is tiny: a fresh one takes seconds to start."""
+        return function(*arguments) if self.smoke else in_subprocess(function, *arguments, environment=environment)
+
+    def peak_memory(self, prepare: Callable[..., Call], *arguments: Any) -> Peak | None:
+        """`peak_memory`, likewise."""
+        return self.in_subprocess(peak_here, prepare, *arguments)
 
 
 Section = Callable[[Settings], tuple[list[str], dict[str, Figure]]]
 
 
-def run_sections(name: str, title: str, description: str | None, sections: Mapping[str, Section]) -> None:
+def run_sections(
+    name: str, title: str, description: str | None, sections: Mapping[str, Section], *, budget: float = 120
+) -> None:
     """Parse the command line, run the sections that it asks for, and write them into the page.
 
     Args:
@@ -350,10 +359,13 @@ def run_sections(name: str, title: str, description: str | None, sections: Mappi
         description: Docstring of the script.
         sections: By the name that `--only` takes; each returns its lines, heading first, and plots by key. Sections
             that do not run stay as they are on the page.
+        budget: Seconds a row of a table may take by default.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="measurements of each case (default 15)")
-    parser.add_argument("--budget", type=float, default=120, help="seconds a row of a table may take, above 3 rounds")
+    parser.add_argument(
+        "--budget", type=float, default=budget, help=f"seconds a row of a table may take, above 3 rounds ({budget})"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, 2 rounds, page in runs/smoke")
     parser.add_argument("--only", default=",".join(sections), help=f"of {','.join(sections)} (default: all)")
     arguments = parser.parse_args()
@@ -362,6 +374,7 @@ def run_sections(name: str, title: str, description: str | None, sections: Mappi
         parser.error(f"--rounds ({arguments.rounds}) must be at least 2")
     if unknown := sorted(set(chosen) - set(sections)):
         parser.error(f"--only names {', '.join(unknown)}; the sections are {', '.join(sections)}")
+    torch.set_num_threads(1)
     folder = SMOKE_RESULTS if arguments.smoke else RESULTS
     settings = Settings(2 if arguments.smoke else arguments.rounds, arguments.budget, arguments.smoke)
     for key in chosen:
