@@ -110,9 +110,10 @@ def test_torch_finds_no_fault_with_the_operator(given, backend):
 
 
 @pytest.mark.parametrize("needs", [[True] * 6, [True, False, False, False, False, True], [False, True, False] * 2])
-def test_torch_finds_no_fault_with_the_operator_of_gradients(needs):
-    u, h, direct, pregate, postgate = tensors()
-    arguments = u.clone(), u, h, None, direct, pregate, postgate, None, "", False, needs
+@pytest.mark.parametrize("backend", ["torch", "blocked", "overlap_save"])
+def test_torch_finds_no_fault_with_the_operator_of_gradients(needs, backend):
+    u, h, direct, pregate, postgate = tensors(taps=4)
+    arguments = u.clone(), u, h, None, direct, pregate, postgate, None, backend, False, needs
     torch.library.opcheck(engine.long_conv_backward, arguments)
 
 
@@ -220,7 +221,7 @@ def test_frames_cover_the_input_with_few_idle_points(length, taps):
     frames = overlap_save.Frames.of(length, taps)
     assert frames.count * frames.step >= length > (frames.count - 1) * frames.step
     assert frames.size >= frames.step + taps - 1
-    assert frames.count * frames.size <= 1.5 * length + 2 * frames.size
+    assert frames.count * frames.size <= 1.3 * length + frames.size
 
 
 @pytest.mark.parametrize("length", [8192, 10_007])

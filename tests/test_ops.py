@@ -124,7 +124,7 @@ every_backend = pytest.mark.parametrize("backend", ["torch", "blocked", "overlap
 def blocks(request, monkeypatch):
     """Blocks of the size that the machine likes, or so small that every shape takes many."""
     if request.param == "small blocks":
-        monkeypatch.setattr(engine, "block_floats", lambda n, device: 3 * n)  # noqa: ARG005 (one signature)
+        monkeypatch.setattr(engine, "block_floats", lambda n: 3 * n)
 
 
 def skip_what_is_refused(backend, sizes):

@@ -45,7 +45,7 @@ def _in_blocks(past: Tensor, w: Tensor, kernel: Kernel, exact: bool) -> Tensor:
     past = past[..., max(past.shape[-1] - taps + 1, 0) :]  # older inputs meet no tap
     before, total = past.shape[-1], past.shape[-1] + w.shape[-1]
     n = next_even_5_smooth(max(total + w.shape[-1] - 1, 2))
-    work = Work(n, transform_dtype(w.dtype, w.device, exact), block_floats(n, w.device))
+    work = Work(n, transform_dtype(w.dtype, w.device, exact), block_floats(n))
     old, new = (x.unflatten(1, (filters, -1)) for x in (past, w))
     sizes = new.shape[0], new.shape[1], new.shape[2]
     blocks = Blocks.of(sizes, work.floats // n)

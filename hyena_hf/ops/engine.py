@@ -8,11 +8,11 @@ so that graphs which must not hold foreign operators (ONNX) can be traced throug
 
 | backend | what | automatic choice |
 |---|---|---|
-| torch | torch.fft, the reference; float64 without any operation on later inputs | float64, small or unlucky inputs |
+| torch | torch.fft, the reference; float64 without any operation on later inputs | float64, small inputs, GPUs |
 | blocked | the same in blocks of channels that fit the cache | CPUs |
 | overlap_save | transforms of the size of the filter | filters far shorter than the input |
 | matrix | real matrix products (Monarch) | ONNX export, MPS |
-| triton | one fused kernel | CUDA with triton |
+| triton | one fused kernel | float16 and bfloat16 on CUDA |
 | flashfftconv | the compiled package of Fu et al. 2023, arXiv 2311.05908 | never, only on request |
 
 B batch, C channels, H filters, L length, K taps, n FFT length.
@@ -30,15 +30,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import fft, matrix, overlap_save, relaxed
+from .backends import fft, matrix, overlap_save, reference, relaxed
 from .backends.fft import Kernel, Needs, Work, block_floats, fft_length
+from .backends.reference import Kept
 from .precision import transform_dtype
 
 
 BACKENDS = ("torch", "blocked", "overlap_save", "matrix", "triton", "flashfftconv")
 
-# Below this many points blocks save nothing, and keeping the spectra for backward costs little memory.
-_SMALL = 1 << 18
+# Up to this many numbers blocks save nothing, and keeping the spectra for backward costs little memory.
+_SMALL = 1 << 17
 
 _log = logging.getLogger(__name__)
 _requested: list[str] = []
@@ -94,6 +95,8 @@ class Conv:
     def within_reach(self) -> "Conv":
         """Without the taps that no input reaches."""
         length = self.u.shape[-1]
+        if self.h.shape[1] <= length and (self.h_reverse is None or self.h_reverse.shape[1] < length):
+            return self
         ahead = None if self.h_reverse is None else self.h_reverse[:, : length - 1]
         return Conv(self.u, self.h[:, :length], ahead, self.direct, self.pregate, self.postgate, self.exact)
 
@@ -112,12 +115,12 @@ class Conv:
         """Of the transforms."""
         return transform_dtype(self.u.dtype, self.u.device, self.exact)
 
-    def work(self, backend: str, n: int | None = None) -> Work:
-        """Sizes for a backend of `fft` or `overlap_save`."""
+    def work(self, n: int | None = None) -> Work:
+        """Sizes for transforms of n points, by default as few as do not wrap around."""
         if n is None:
             behind = 0 if self.h_reverse is None else self.h_reverse.shape[1] + 1
             n = fft_length(self.u.shape[-1], max(self.h.shape[1], behind))
-        return Work(n, self.dtype, 1 << 62 if backend == "torch" else block_floats(n, self.u.device))
+        return Work(n, self.dtype, block_floats(n))
 
 
 @cache
@@ -161,19 +164,21 @@ def choose(requested: str, conv: Conv) -> str:
             raise ValueError(f"the backend {requested!r} cannot serve this convolution: {reason}; leave backend out")
         return requested
     backend = _fastest(conv)
-    _note(backend, tuple(conv.u.shape), tuple(conv.h.shape), conv.u.dtype, conv.u.device)
+    if _log.isEnabledFor(logging.DEBUG):
+        _note(backend, tuple(conv.u.shape), tuple(conv.h.shape), conv.u.dtype, conv.u.device)
     return backend
 
 
 def _fastest(conv: Conv) -> str:
     if conv.u.dtype == torch.float64:
         return "torch"
-    if conv.u.device.type == "cuda" and refusal("triton", conv) is None:
+    # float32 goes to the vendor's FFT: matrix products in full float32 take no tensor cores
+    if conv.u.device.type == "cuda" and conv.u.dtype != torch.float32 and refusal("triton", conv) is None:
         return "triton"
     length, taps = conv.u.shape[-1], conv.h.shape[1]
     if refusal("overlap_save", conv) is None and overlap_save.serves(length, taps):
         return "overlap_save"
-    if conv.u.device.type == "cpu" and 2 * conv.u.numel() > _SMALL:
+    if conv.u.device.type == "cpu" and conv.u.numel() > _SMALL:
         return "blocked"
     return "torch"
 
@@ -221,30 +226,28 @@ def convolve(conv: Conv, backend: str | None, spectrum: Tensor | None = None) ->
     return _compute(conv, spectrum, backend or "")[0]
 
 
-Kept = tuple[Tensor, Tensor]
-
-
-def _compute(conv: Conv, spectrum: Tensor | None, backend: str, *, keep: bool = False) -> tuple[Tensor, Kept | None]:
-    """Output (B, C, L), and if asked for, where all is small, the spectra of input and filters for backward."""
+def _compute(conv: Conv, spectrum: Tensor | None, backend: str) -> tuple[Tensor, Kept | None]:
+    """Output (B, C, L), and where all is small the spectra of input and filters for backward."""
     conv = conv.within_reach()
     backend = choose(backend, conv) if spectrum is None else _with_spectrum(backend, conv)
     gates = conv.pregate, conv.postgate
     if backend == "torch" and conv.u.dtype == torch.float64 and conv.h_reverse is None and spectrum is None:
         return _relaxed(conv), None
     if backend in ("torch", "blocked"):
-        work = conv.work(backend, None if spectrum is None else 2 * spectrum.shape[1] - 2)
-        keep = keep and backend == "torch" and conv.u.device.type == "cpu" and 2 * conv.u.numel() <= _SMALL
-        y, *kept = fft.forward(conv.u, conv.kernel(spectrum), gates, work, keep=keep)
-        return y, (kept[0], kept[1]) if kept[0] is not None and kept[1] is not None else None
+        work = conv.work(None if spectrum is None else 2 * spectrum.shape[1] - 2)
+        if backend == "blocked":
+            return fft.forward(conv.u, conv.kernel(spectrum), gates, work), None
+        y, kept = reference.forward(conv.u, conv.kernel(spectrum), gates, work)
+        return y, kept if conv.u.numel() <= _SMALL else None
     if backend == "overlap_save":
         frames = overlap_save.Frames.of(conv.u.shape[-1], conv.h.shape[1])
-        return overlap_save.forward(conv.u, conv.kernel(), gates, conv.work(backend, frames.size), frames), None
+        return overlap_save.forward(conv.u, conv.kernel(), gates, conv.work(frames.size), frames), None
     return _module(backend).forward(*conv.causal()), None
 
 
 def _with_spectrum(requested: str, conv: Conv) -> str:
     """The backend of filters that have been transformed already."""
-    return requested or ("blocked" if conv.u.device.type == "cpu" and 2 * conv.u.numel() > _SMALL else "torch")
+    return requested or ("blocked" if conv.u.device.type == "cpu" and conv.u.numel() > _SMALL else "torch")
 
 
 def _relaxed(conv: Conv) -> Tensor:
@@ -267,11 +270,14 @@ def _gradients(
     wants = Needs(needs[0], needs[1] or needs[2], needs[3], needs[4], needs[5])
     gates = conv.pregate, conv.postgate
     if backend in ("torch", "blocked"):
-        work = conv.work(backend, None if spectrum is None else 2 * spectrum.shape[1] - 2)
-        found = fft.backward(grad, conv.u, conv.kernel(spectrum), gates, work, wants, kept).tensors()
+        work = conv.work(None if spectrum is None else 2 * spectrum.shape[1] - 2)
+        if backend == "blocked":
+            found = fft.backward(grad, conv.u, conv.kernel(spectrum), gates, work, wants).tensors()
+        else:
+            found = reference.backward(grad, conv.u, conv.kernel(spectrum), gates, work, wants, kept)
     elif backend == "overlap_save":
         frames = overlap_save.Frames.of(conv.u.shape[-1], conv.h.shape[1])
-        work = conv.work(backend, frames.size)
+        work = conv.work(frames.size)
         found = overlap_save.backward(grad, conv.u, conv.kernel(), gates, work, frames, wants).tensors()
     else:
         of_u, of_h, *others = _module(backend).backward(grad, *conv.causal(), [needs[0], needs[1], *needs[3:]])
@@ -285,7 +291,7 @@ def _like(grad: Tensor | None, x: Tensor | None, need: bool) -> Tensor | None:
         return None
     if grad.ndim == 2 and grad.shape != x.shape:
         grad = torch.nn.functional.pad(grad, (0, x.shape[1] - grad.shape[1]))
-    return grad.to(x.dtype)
+    return grad.to(x.dtype).contiguous()
 
 
 def _refuse_second_derivative() -> None:
@@ -301,7 +307,7 @@ class _LongConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         spectrum, backend, exact = inputs[6:]
-        y, kept = _compute(Conv(*inputs[:6], exact=exact), spectrum, backend, keep=True)
+        y, kept = _compute(Conv(*inputs[:6], exact=exact), spectrum, backend)
         ctx.save_for_backward(*inputs[:7], *(kept or ()))
         ctx.options = backend, exact
         return y

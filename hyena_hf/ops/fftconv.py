@@ -9,6 +9,7 @@ inputs), returned in the dtype of `u`; by which backend, `hyena_hf.ops.engine` s
 B batch, C channels, H filters, L length, K taps, n FFT length.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +76,7 @@ def filter_spectrum(h: Tensor, length: int, direct: Tensor | None = None, *, exa
     h = as_wide(h, h.dtype)[:, :length]
     direct = None if direct is None else as_wide(direct, h.dtype)
     conv = Conv(h.unsqueeze(0), h, None, direct, None, None, exact)
-    work = conv.work("torch", fft_length(length, h.shape[1]))
+    work = conv.work(fft_length(length, h.shape[1]))
     spectrum = torch.view_as_real(conv.kernel().transform(slice(None), work).squeeze(1))
     return FilterSpectrum(h.detach(), None if direct is None else direct.detach(), spectrum, length, exact)
 
@@ -129,7 +130,9 @@ def check_finite(function: str, y: Tensor, **tensors: Tensor | None) -> None:
 
     On accelerators and in compiled graphs nothing is looked at: it would wait for the device.
     """
-    if torch.compiler.is_compiling() or y.device.type != "cpu" or bool(y.detach().sum().isfinite()):
+    if torch.compiler.is_compiling() or type(y) is not Tensor or y.device.type != "cpu":
+        return
+    if math.isfinite(y.detach().sum().item()):
         return
     for name, tensor in tensors.items():
         if tensor is not None and not bool(tensor.isfinite().all()):

@@ -28,7 +28,7 @@ from .short_conv import add_taps, add_taps_transposed, tap_gradients
 
 def _work(p: Tensor, taps: int, spectrum: Tensor | None) -> Work:
     n = fft_length(p.shape[-1], min(taps, p.shape[-1])) if spectrum is None else 2 * spectrum.shape[1] - 2
-    return Work(n, transform_dtype(p.dtype, p.device, exact=False), block_floats(n, p.device))
+    return Work(n, transform_dtype(p.dtype, p.device, exact=False), block_floats(n))
 
 
 def _kernel(p: Tensor, h: Tensor, direct: Tensor, spectrum: Tensor | None) -> Kernel:

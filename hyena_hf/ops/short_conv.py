@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-# Numbers of a block of channels: three of them fit the second-level cache of most processors.
+# Numbers of a block: three of them fit the second-level cache of most processors.
 _BLOCK = 1 << 16
 
 
@@ -39,22 +39,34 @@ def add_taps_transposed(out: Tensor, grad: Tensor, weight: Tensor) -> None:
         out[..., : length - shift].addcmul_(grad[..., shift:], weight[:, k : k + 1])
 
 
-def tap_gradients(out: Tensor, grad: Tensor, x: Tensor) -> None:
-    """Add the gradient of the weight of `add_taps` to out (.., C, K)."""
-    taps, length = out.shape[-1], x.shape[-1]
-    for k in range(max(taps - length, 0), taps):
+def tap_gradients(out: Tensor, grad: Tensor, x: Tensor, skipped: int = 0) -> None:
+    """Add the gradient of the weight of `add_taps` to out (C, K); grad (C, n), x (C, skipped + n)."""
+    taps, length = out.shape[-1], grad.shape[-1]
+    for k in range(max(taps - length - skipped, 0), taps):
         shift = taps - 1 - k
-        out[..., k] += (grad[..., shift:] * x[..., : length - shift]).sum(-1)
+        lost = max(shift - skipped, 0)  # outputs whose input stands before x
+        start = skipped - shift + lost
+        out[..., k] += (grad[..., lost:] * x[..., start : start + length - lost]).sum(-1)
 
 
-def _block_channels(x: Tensor) -> list[slice]:
-    """Channels of x (B, C, L) that go through all taps before the next ones."""
-    count = max(_BLOCK // x.shape[-1], 16)
-    return [slice(c, c + count) for c in range(0, x.shape[1], count)]
+def _blocks(x: Tensor) -> list[tuple[slice, slice]]:
+    """Channels and times of one row (C, L) that go through all taps before the next ones: along contiguous memory."""
+    channels, length = x.shape
+    if x.stride(0) == 1 and x.stride(1) > 1 and channels > 1:
+        step = max(_BLOCK // channels, 16)
+        return [(slice(0, channels), slice(t, min(t + step, length))) for t in range(0, length, step)]
+    step = max(_BLOCK // length, 16)
+    return [(slice(c, c + step), slice(0, length)) for c in range(0, channels, step)]
+
+
+def _with_halo(x: Tensor, times: slice, before: int, after: int) -> tuple[Tensor, int]:
+    """Times of x (C, L) and up to so many columns around them, and how many of these stand before."""
+    start = max(times.start - before, 0)
+    return x[:, start : times.stop + after], times.start - start
 
 
 class _ShortConv(torch.autograd.Function):
-    """`short_conv` in blocks of channels, on CPUs; the output has the memory layout of the input."""
+    """`short_conv` in blocks, on CPUs; the output has the memory layout of the input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None) -> Tensor:
@@ -62,15 +74,16 @@ class _ShortConv(torch.autograd.Function):
         exact = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
         y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
         wide, shift = weight.to(exact), None if bias is None else bias.to(exact)
-        for b in range(x.shape[0]):
-            for part in _block_channels(x):
-                block = x[b, part].to(exact)
-                out = y[b, part] if y.dtype == exact else torch.empty_like(block)
-                add_taps(out, block, wide[part], None if shift is None else shift[part])
-                if past is not None:
-                    _go_on(out, block, past[b, part].to(exact), wide[part], None if shift is None else shift[part])
-                if y.dtype != exact:
-                    y[b, part] = out
+        for row, out in zip(x, y, strict=True):
+            for part, times in _blocks(row):
+                block, skipped = _with_halo(row[part], times, weight.shape[1] - 1, 0)
+                _apply(out[part, times], block.to(exact), skipped, wide[part], None if shift is None else shift[part])
+        if past is not None:
+            reach = past.shape[-1]
+            whole = torch.cat([past.to(exact), x[..., :reach].to(exact)], dim=-1)
+            near = torch.empty_like(whole)
+            add_taps(near, whole, wide, shift)
+            y[..., :reach] = near[..., reach:]
         return y
 
     @staticmethod
@@ -79,44 +92,55 @@ class _ShortConv(torch.autograd.Function):
             raise RuntimeError(
                 "short_conv is differentiable once; call backward or torch.autograd.grad without create_graph=True"
             )
-        (grad,) = grad_outputs
         x, weight, bias, past = ctx.saved_tensors
+        grad = _in_layout_of(x, grad_outputs[0])
         exact = torch.promote_types(grad.dtype, torch.float32)
-        wide, grad_x = weight.to(exact), torch.empty_like(x)
+        wide, grad_x, taps = weight.to(exact), torch.empty_like(x), weight.shape[1]
         grad_weight, grad_bias = torch.zeros_like(wide), x.new_zeros(x.shape[1], dtype=exact)
-        grad_past = None if past is None else torch.empty_like(past)
-        for b in range(x.shape[0]):
-            for part in _block_channels(x):
-                g, block = grad[b, part].to(exact), x[b, part].to(exact)
-                out = grad_x[b, part] if grad_x.dtype == exact else torch.empty_like(block)
-                add_taps_transposed(out, g, wide[part])
-                if grad_x.dtype != exact:
-                    grad_x[b, part] = out
-                tap_gradients(grad_weight[part], g, block)
-                grad_bias[part] += g.sum(-1)
-                if past is not None and grad_past is not None:
-                    grad_past[b, part] = _gradients_of_past(grad_weight[part], g, past[b, part].to(exact), wide[part])
-        of_weight = grad_weight.to(weight.dtype)
-        return grad_x, of_weight, None if bias is None else grad_bias.to(bias.dtype), grad_past
+        for row, g, out in zip(x, grad, grad_x, strict=True):
+            for part, times in _blocks(row):
+                later, _ = _with_halo(g[part], times, 0, taps - 1)
+                later = later.to(exact)
+                found = torch.empty_like(later)
+                add_taps_transposed(found, later, wide[part])
+                out[part, times] = found[:, : times.stop - times.start]
+                block, skipped = _with_halo(row[part], times, taps - 1, 0)
+                here = later[:, : times.stop - times.start]
+                tap_gradients(grad_weight[part], here, block.to(exact), skipped)
+                grad_bias[part] += here.sum(-1)
+        grad_past = None
+        if past is not None:
+            near = torch.nn.functional.pad(grad[..., : taps - 1].to(exact), (taps - 1, 0))
+            grad_past = _gradients_of_past(grad_weight, near, past.to(exact), wide).to(past.dtype)
+        return grad_x, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype), grad_past
 
 
-def _go_on(out: Tensor, x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Replace the outputs that the past reaches; out and x (C, L), past (C, K - 1)."""
-    reach = past.shape[-1]
-    whole = torch.cat([past, x[:, :reach]], dim=-1)
-    near = torch.empty_like(whole)
-    add_taps(near, whole, weight, bias)
-    out[:, :reach] = near[:, reach:]
+def _in_layout_of(x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient (B, C, L) in the memory layout of x."""
+    return grad if grad.stride() == x.stride() else torch.empty_like(x, dtype=grad.dtype).copy_(grad)
 
 
-def _gradients_of_past(grad_weight: Tensor, grad: Tensor, past: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of the past (C, K - 1); its share in that of the weight is added to grad_weight (C, K)."""
-    reach = past.shape[-1]
-    near = torch.nn.functional.pad(grad[:, :reach], (reach, 0))
-    tap_gradients(grad_weight, near, torch.nn.functional.pad(past, (0, near.shape[-1] - reach)))
+def _apply(out: Tensor, block: Tensor, skipped: int, weight: Tensor, bias: Tensor | None) -> None:
+    """Set out (C, n) to the taps of a block (C, skipped + n)."""
+    if not skipped and out.dtype == block.dtype:
+        add_taps(out, block, weight, bias)
+        return
+    whole = torch.empty_like(block)
+    add_taps(whole, block, weight, bias)
+    out.copy_(whole[:, skipped:])
+
+
+def _gradients_of_past(grad_weight: Tensor, near: Tensor, past: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of the past (B, C, K - 1), from that of the first outputs behind K - 1 zeros, (B, C, <= 2 K - 2).
+
+    Its share in the gradient of the weight is added to grad_weight (C, K).
+    """
+    behind = torch.nn.functional.pad(past, (0, near.shape[-1] - past.shape[-1]))
+    for row, inputs in zip(near, behind, strict=True):
+        tap_gradients(grad_weight, row, inputs, 0)
     out = torch.empty_like(near)
     add_taps_transposed(out, near, weight)
-    return out[:, :reach]
+    return out[..., : past.shape[-1]]
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None) -> Tensor:

@@ -88,6 +88,8 @@ class Kernel:
         if self.spectrum is not None:
             return self.spectrum[part].unsqueeze(1)
         h = self.h[part]
+        if self.h_reverse is None and self.direct is None:
+            return torch.fft.rfft(h.to(work.dtype), n=work.n).unsqueeze(1)
         taps = h.new_zeros(h.shape[0], work.n, dtype=work.dtype)
         taps[:, : h.shape[1]] = h
         if self.h_reverse is not None:
@@ -96,16 +98,19 @@ class Kernel:
             taps[:, 0] += self.direct[part]
         return torch.fft.rfft(taps).unsqueeze(1)
 
+    def split(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of some filters and reversed filters, from that of their kernels (h, n)."""
+        behind = None if self.h_reverse is None else grad[:, grad.shape[1] - self.h_reverse.shape[1] :].flip(-1)
+        return grad[:, : self.h.shape[1]], behind
 
-def block_floats(n: int, device: torch.device) -> int:
+
+def block_floats(n: int) -> int:
     """Numbers that one block should hold.
 
-    Small blocks stay in the cache and let the allocator recycle their memory; MKL's real transforms of fewer than four
-    long rows are several times slower. Accelerators take everything at once.
+    Small blocks stay in the cache and let the allocator recycle their memory; MKL's real transforms of few long rows
+    are several times slower.
     """
-    if device.type != "cpu":
-        return 1 << 62
-    return max(1 << 17 if n <= 8192 else 1 << 18, 4 * n) * torch.get_num_threads()
+    return max(1 << 18, 8 * n) * torch.get_num_threads()
 
 
 @dataclass(frozen=True)
@@ -222,6 +227,7 @@ class Gradients:
     """Gradients, filled block by block: (B, H, G, L) of input and gates, those of the kernel as `Kernel` has them."""
 
     rows: Rows
+    kernel: Kernel
     u: Tensor | None
     pregate: Tensor | None
     postgate: Tensor | None
@@ -241,6 +247,7 @@ class Gradients:
         direct = like(kernel.direct, needs.direct, work.dtype)
         return cls(
             rows,
+            kernel,
             u=like(rows.u, needs.u, rows.u.dtype),
             pregate=like(rows.pregate, needs.pregate, rows.u.dtype),
             postgate=like(rows.postgate, needs.postgate, rows.u.dtype),
@@ -269,10 +276,11 @@ class Gradients:
 
     def enter_kernel(self, part: slice, grad: Tensor) -> None:
         """From the gradient of some filters on the circle, (h, n)."""
+        of_h, of_reverse = self.kernel.split(grad)
         if self.h is not None:
-            self.h[part] = grad[:, : self.h.shape[1]]
-        if self.h_reverse is not None:
-            self.h_reverse[part] = grad[:, grad.shape[1] - self.h_reverse.shape[1] :].flip(-1)
+            self.h[part] = of_h
+        if self.h_reverse is not None and of_reverse is not None:
+            self.h_reverse[part] = of_reverse
 
     def enter_direct(self, part: slice, w: Tensor, dz: Tensor) -> None:
         """From pregate * u and postgate * grad in one block, (b, h, g, L).
@@ -297,9 +305,7 @@ class _Buffer:
         return room
 
 
-def forward(
-    u: Tensor, kernel: Kernel, gates: Gates, work: Work, *, keep: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def forward(u: Tensor, kernel: Kernel, gates: Gates, work: Work) -> Tensor:
     """Compute postgate * (kernel conv (pregate * u)).
 
     Args:
@@ -307,42 +313,30 @@ def forward(
         kernel: Of H filters.
         gates: pregate and postgate (B, C, L), or None.
         work: Sizes.
-        keep: Return the spectra too; then all must fit into one block.
 
     Returns:
-        Output (B, C, L) in the dtype of `u`, spectra of the input (B, H, G, F) and of the kernel (H, 1, F), or None.
+        (B, C, L) in the dtype of `u`.
     """
     filters, length = kernel.h.shape[0], u.shape[-1]
     rows = Rows.of(u, gates, filters)
     blocks = Blocks.of(rows.sizes, work.floats // work.n)
     buffer = _Buffer(u, blocks, work)
     y = torch.empty_like(rows.u, memory_format=torch.contiguous_format)
-    spectrum = kernel_spectrum = None
     for part in blocks.over_filters(filters):
         kernel_spectrum = kernel.transform(part, work)
         for at in blocks.over_rows(part, rows.sizes):
-            spectrum = torch.fft.rfft(buffer.fill(*rows.input(at)))
-            product = spectrum * kernel_spectrum if keep else spectrum.mul_(kernel_spectrum)
-            multiply_into(y[at], torch.fft.irfft(product, n=work.n)[..., :length], rows.gate(at))
-    return y.flatten(1, 2), spectrum if keep else None, kernel_spectrum if keep else None
+            spectrum = torch.fft.rfft(buffer.fill(*rows.input(at))).mul_(kernel_spectrum)
+            multiply_into(y[at], torch.fft.irfft(spectrum, n=work.n)[..., :length], rows.gate(at))
+    return y.flatten(1, 2)
 
 
-def backward(
-    grad: Tensor,
-    u: Tensor,
-    kernel: Kernel,
-    gates: Gates,
-    work: Work,
-    needs: Needs,
-    kept: tuple[Tensor, Tensor] | None = None,
-) -> Gradients:
+def backward(grad: Tensor, u: Tensor, kernel: Kernel, gates: Gates, work: Work, needs: Needs) -> Gradients:
     """Gradients of `forward`.
 
     Args:
         grad: Of the output (B, C, L).
         u, kernel, gates, work: As there.
         needs: Which are wanted.
-        kept: Spectra that `forward` returned.
 
     Returns:
         Gradients; those of the kernel in the dtype of the transforms.
@@ -353,16 +347,14 @@ def backward(
     inputs, later = _Buffer(u, blocks, work), _Buffer(u, blocks, work)
     out = Gradients.of(rows, kernel, needs, work)
     for part in blocks.over_filters(filters):
-        kernel_spectrum = kernel.transform(part, work) if kept is None else kept[1]
-        reverse, total = kernel_spectrum.conj().resolve_conj(), None
+        kernel_spectrum = kernel.transform(part, work)
+        reverse, total = torch.conj_physical(kernel_spectrum), None
         for at in blocks.over_rows(part, rows.sizes):
-            w = inputs.fill(*rows.input(at))
-            spectrum = None
+            w, spectrum = inputs.fill(*rows.input(at)), None
             if needs.kernel or needs.postgate:
-                spectrum = torch.fft.rfft(w) if kept is None else kept[0].clone()
-            if needs.postgate:
-                z = torch.fft.irfft(spectrum * kernel_spectrum, n=work.n)  # pyright: ignore (transformed above)
-                out.enter_postgate(at, z[..., :length])
+                spectrum = torch.fft.rfft(w)
+            if needs.postgate and spectrum is not None:
+                out.enter_postgate(at, torch.fft.irfft(spectrum * kernel_spectrum, n=work.n)[..., :length])
             if not needs.conv:
                 continue
             dz = later.fill(*rows.grad_output(at))

@@ -145,9 +145,13 @@ def _cached(needed: int, length: int, keep: float, dtype: torch.dtype, device: t
         return _build(choose_factors(needed, length, keep), keep, dtype, device)
 
 
-@torch.compiler.assume_constant_result  # a compiled graph holds the matrices; the compiler warns of caches
 def _remembered(needed: int, length: int, keep: float, dtype: torch.dtype, device: torch.device) -> Transform:
     return _cached(needed, length, keep, dtype, device)
+
+
+# A compiled graph holds the matrices; the compiler warns of caches. All that `torch.compiler.assume_constant_result`
+# does, but that it imports the compiler, which takes two seconds.
+_remembered._dynamo_marked_constant = True  # pyright: ignore (the compiler's own mark)
 
 
 def _transform(w: Tensor, needed: int, keep: float) -> Transform:

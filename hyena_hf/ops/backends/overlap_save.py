@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .fft import Blocks, Gradients, Kernel, Needs, Rows, Work, gated, multiply_into, next_even_5_smooth, write
+from .fft import Blocks, Gradients, Kernel, Needs, Rows, Work, gated, multiply_into, write
 
 
-# Points of a frame that FFT libraries transform fastest.
-_FRAME = 4096
+# Smallest frame: below it the overhead of a transform shows.
+_SMALLEST = 1024
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,24 @@ class Frames:
 
     @classmethod
     def of(cls, length: int, taps: int) -> "Frames":
-        """Frames of about 4096 points or four filter lengths, as few idle points as possible."""
-        count = max(round(length / max(_FRAME - taps, 3 * taps)), 1)
-        step = max(-(-length // count), taps)
-        return cls(-(-length // step), step, next_even_5_smooth(step + taps - 1))
+        """Frames whose transforms cost least.
+
+        Powers of two, which FFT libraries do a third faster per point than other smooth sizes, of up to 32 filter
+        lengths; the price of a point grows with the logarithm of the size, and by the cache that it no longer fits.
+        """
+        smallest = max(_SMALLEST, 1 << (2 * taps - 1).bit_length())
+        options = [cls._whole(length, taps, smallest << k) for k in range(5)]
+        return min(options, key=lambda frames: frames.count * frames.size * (9 + frames.size.bit_length()))
+
+    @classmethod
+    def _whole(cls, length: int, taps: int, size: int) -> "Frames":
+        step = size - taps + 1
+        return cls(-(-length // step), step, size)
 
 
 def serves(length: int, taps: int) -> bool:
     """Whether frames are faster than one transform: measured in benchmarks/results/fftconv.md."""
-    return length >= 2 * _FRAME - 2048 and 12 * taps <= length
+    return length >= 4 * _SMALLEST and 12 * taps <= length
 
 
 class _Signal:
@@ -70,6 +79,18 @@ class _Signal:
         w = torch.nn.functional.pad(w, (0, steps - w.shape[-1])).unflatten(-1, (self.frames.count, -1))
         return torch.fft.rfft(w, n=self.frames.size)
 
+    def back_into(self, out: Tensor, gate: Tensor | None, spectra: Tensor, first: int) -> None:
+        """Set out (b, h, g, L) to the gate times values first to first + S - 1 of each frame, one after the other."""
+        z = torch.fft.irfft(spectra, n=self.frames.size)[..., first : first + self.frames.step]
+        count = out.shape[-1] // self.frames.step
+        shape, cut = (count, self.frames.step), count * self.frames.step
+        if count:
+            whole = None if gate is None else gate[..., :cut].unflatten(-1, shape)
+            multiply_into(out[..., :cut].unflatten(-1, shape), z[..., :count, :], whole)
+        if cut < out.shape[-1]:
+            rest = z[..., count, : out.shape[-1] - cut]
+            multiply_into(out[..., cut:], rest, None if gate is None else gate[..., cut:])
+
     def back(self, spectra: Tensor, first: int, length: int) -> Tensor:
         """Values first to first + S - 1 of each frame, one after the other, (b, h, g, L)."""
         z = torch.fft.irfft(spectra, n=self.frames.size)
@@ -88,7 +109,7 @@ def forward(
         kernel_spectrum = kernel.transform(part, work).unsqueeze(-2)
         for at in blocks.over_rows(part, rows.sizes):
             spectra = signal.transform(*rows.input(at), lead)
-            multiply_into(y[at], signal.back(spectra.mul_(kernel_spectrum), lead, u.shape[-1]), rows.gate(at))
+            signal.back_into(y[at], rows.gate(at), spectra.mul_(kernel_spectrum), lead)
     return y.flatten(1, 2)
 
 
@@ -124,7 +145,7 @@ def backward(
                 product = signal.apart(w).conj_physical_().mul_(later).sum(dim=(0, 2, 3))
                 total = product if total is None else total.add_(product)
             if needs.input:
-                out.enter_input(at, signal.back(later.mul_(kernel_spectrum.conj()), 0, length))
+                out.enter_input(at, signal.back(later.mul_(torch.conj_physical(kernel_spectrum)), 0, length))
         if total is not None:
             out.enter_kernel(part, torch.fft.irfft(total, n=frames.size))
     return out
