@@ -262,7 +262,7 @@ def _filter_gradient(partial: Tensor, taps: int, plan: Plan) -> Tensor:
     natural = _reverse_axes(spectrum).flatten(1)
     # unscaled: sums of two spectra in orthonormal units lack exactly the N that an inverse transform divides by
     lags = torch.fft.ifft(natural, norm="forward") / _shrinkage(plan)
-    return (lags * _twist(plan.points, total.device).conj()).real[:, :taps].contiguous()
+    return (lags * torch.conj_physical(_twist(plan.points, total.device))).real[:, :taps].contiguous()
 
 
 # one convolution
