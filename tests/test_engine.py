@@ -213,6 +213,18 @@ def test_float64_convolutions_of_odd_lengths_equal_direct_sums_at_chosen_places(
         torch.testing.assert_close(y[0, :, t], expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("length", [8192, 65_536])
+@pytest.mark.parametrize("backend", ["torch", "blocked"])
+def test_the_first_outputs_of_a_long_row_are_as_exact_as_if_nothing_followed(length, backend):
+    u, h, direct, pregate, postgate = tensors(1, 4, 2, length, length)
+    y = causal_fftconv(u, h, direct, pregate=pregate, postgate=postgate, backend=backend)
+    for first in (8, 64):
+        inputs = (x[..., :first].double().numpy() for x in (u, h))
+        gates = (x[..., :first].double().numpy() for x in (pregate, postgate))
+        expected = oracles.gated_causal_conv(*inputs, direct.double().numpy(), *gates)
+        assert relative_error(y[..., :first], expected) <= 1e-6
+
+
 # frames
 
 

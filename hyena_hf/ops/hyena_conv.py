@@ -82,6 +82,7 @@ def _compute(
             w = taps.into(room[:, :length], x[1], 1, part)
             w.mul_(taps.into(gate, x[2], 2, part))
             z = torch.fft.irfft(torch.fft.rfft(room).mul_(kernel_spectrum), n=work.n)[:, :length]
+            kernel.refine(z.unsqueeze(1), room.unsqueeze(1), part)
             torch.mul(taps.into(gate, x[0], 0, part), z, out=y[b, part])
             if keep:
                 kept[b, part] = z

@@ -30,7 +30,9 @@ def forward(u: Tensor, kernel: Kernel, gates: Gates, work: Work) -> tuple[Tensor
     """
     w = gated(u, gates[0], work.dtype).unflatten(1, (kernel.h.shape[0], -1))
     spectrum, kernel_spectrum = torch.fft.rfft(w, n=work.n), kernel.transform(slice(None), work)
-    z = torch.fft.irfft(spectrum * kernel_spectrum, n=work.n)[..., : u.shape[-1]].flatten(1, 2)
+    z = torch.fft.irfft(spectrum * kernel_spectrum, n=work.n)[..., : u.shape[-1]]
+    kernel.refine(z, w, slice(None))
+    z = z.flatten(1, 2)
     y = z.contiguous() if gates[1] is None else z * gates[1]
     return y.to(u.dtype), (spectrum, kernel_spectrum)
 
