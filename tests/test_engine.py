@@ -215,14 +215,16 @@ def test_float64_convolutions_of_odd_lengths_equal_direct_sums_at_chosen_places(
 
 @pytest.mark.parametrize("length", [8192, 65_536])
 @pytest.mark.parametrize("backend", ["torch", "blocked"])
-def test_the_first_outputs_of_a_long_row_are_as_exact_as_if_nothing_followed(length, backend):
+def test_the_first_outputs_of_a_long_row_are_five_times_as_exact_as_one_transform_makes_them(length, backend):
     u, h, direct, pregate, postgate = tensors(1, 4, 2, length, length)
     y = causal_fftconv(u, h, direct, pregate=pregate, postgate=postgate, backend=backend)
-    for first in (8, 64):
-        inputs = (x[..., :first].double().numpy() for x in (u, h))
-        gates = (x[..., :first].double().numpy() for x in (pregate, postgate))
-        expected = oracles.gated_causal_conv(*inputs, direct.double().numpy(), *gates)
-        assert relative_error(y[..., :first], expected) <= 1e-6
+    w, taps, n = pregate * u, h.repeat_interleave(2, dim=0), 2 * length
+    plain = torch.fft.irfft(torch.fft.rfft(w, n=n) * torch.fft.rfft(taps, n=n), n=n)[..., :length]
+    plain = postgate * (plain + direct.repeat_interleave(2).unsqueeze(-1) * w)
+    inputs = (x[..., :64].double().numpy() for x in (u, h))
+    gates = (x[..., :64].double().numpy() for x in (pregate, postgate))
+    expected = oracles.gated_causal_conv(*inputs, direct.double().numpy(), *gates)
+    assert relative_error(y[..., :64], expected) <= 0.2 * relative_error(plain[..., :64], expected)
 
 
 # frames
