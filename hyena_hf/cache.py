@@ -35,12 +35,14 @@ from transformers.cache_utils import (
 from .configuration_hyena import HyenaConfig
 from .ops import FilterSpectrum, causal_fftconv, filter_spectrum, multihead_conv, short_conv
 from .ops.continued import continued_fftconv
+from .ops.engine import takes_spectra
+from .ops.precision import is_short
 
 
 # Columns that stay pending while a cache records its past, at least: a call leaves all of its own.
 MAX_PENDING = 64
 
-# Lengths for which a frozen filter keeps its spectrum.
+# Lengths of input for which a convolution with a frozen filter keeps a spectrum.
 _MAX_SPECTRA = 8
 
 # New tokens up to which each output is one dot product with the past instead of an FFT over everything.
@@ -79,7 +81,8 @@ class Taps:
     """The filter of one layer, evaluated once for a whole generation, or while it is frozen.
 
     Grows by doubling when a generation gets longer than announced. It holds tensors only, never the filter itself, so
-    that copying a cache copies no weights.
+    that copying a cache copies no weights. What belongs together is replaced at once: an evaluation that fails, or
+    another thread, leaves it as it was.
 
     Args:
         capacity: Taps to evaluate at first; a hint.
@@ -88,67 +91,88 @@ class Taps:
 
     def __init__(self, capacity: int | None = None, *, frozen: bool = False) -> None:
         self.capacity, self.frozen = capacity, frozen
-        self.h: Tensor | None = None  # (order - 1, H, up to the support)
+        self.evaluated: tuple[Tensor, int] | None = None  # (order - 1, H, up to the support), the length they serve
         self.reversed: Tensor | None = None  # (order - 1, H, any width), lag 0 last
-        self.spectra: dict[tuple[int, int], FilterSpectrum] = {}  # by convolution and length of the input
-        self.length = 0
+        self.spectra: dict[int, tuple[tuple[int, FilterSpectrum], ...]] = {}  # of each convolution, by length of input
 
-    def _reach(self, long_filter: Evaluable, length: int) -> Tensor:
+    @property
+    def h(self) -> Tensor | None:
+        """The taps evaluated so far, (order - 1, H, up to the support)."""
+        return None if self.evaluated is None else self.evaluated[0]
+
+    def _reach(self, long_filter: Evaluable, length: int) -> tuple[Tensor, int]:
+        """The taps, and the length that they serve."""
         if isinstance(length, torch.SymInt):  # an exported graph: no comparison may depend on the length
-            return long_filter.exact_taps(length if long_filter.support is None else long_filter.support)
-        if self.h is None or self.length < length:
-            hint = max(self.capacity or 0, 0 if self.h is None else 2 * self.length)
-            # a filter that ends is asked for no more than its taps and the few new tokens of a step
-            self.length = max(length, hint if long_filter.support is None else min(hint, long_filter.support))
-            # the model has refused inputs longer than max_length; lags behind it meet only empty columns
-            bounds = [n for n in (long_filter.support, long_filter.max_length) if n is not None]
-            needed = min([self.length, *bounds])
-            if self.frozen:
-                with torch.inference_mode(False), torch.no_grad():
-                    self.h = h = long_filter(needed)
-            else:
-                self.h = h = long_filter(needed)
-            self.reversed = None
-            return h
-        return self.h
+            return long_filter.exact_taps(length if long_filter.support is None else long_filter.support), length
+        if self.evaluated is not None and self.evaluated[1] >= length:
+            return self.evaluated
+        hint = max(self.capacity or 0, 0 if self.evaluated is None else 2 * self.evaluated[1])
+        # a filter that ends is asked for no more than its taps and the few new tokens of a step
+        length = max(length, hint if long_filter.support is None else min(hint, long_filter.support))
+        # the model has refused inputs longer than max_length; lags behind it meet only empty columns
+        needed = min([length, *(n for n in (long_filter.support, long_filter.max_length) if n is not None)])
+        if self.frozen:
+            with torch.inference_mode(False), torch.no_grad():
+                evaluated = long_filter(needed), length
+        else:
+            evaluated = long_filter(needed), length
+        self.evaluated, self.reversed = evaluated, None
+        return evaluated
 
     def rising(self, long_filter: Evaluable, index: int, length: int) -> Tensor:
         """Taps of convolution `index` for lags 0, 1, ... (H, K); all taps from K on are zero or out of reach."""
-        h = self._reach(long_filter, length)[index]
+        h = self._reach(long_filter, length)[0][index]
         return h if isinstance(length, torch.SymInt) else h[:, :length]
 
     def falling(self, long_filter: Evaluable, index: int, length: int) -> Tensor:
         """Taps of convolution `index` for lags length - 1, ..., 0 (H, length), the order of a stored past."""
-        h = self._reach(long_filter, length)
-        if self.reversed is None or self.reversed.shape[-1] < length:
+        h, served = self._reach(long_filter, length)
+        backwards = self.reversed
+        if backwards is None or backwards.shape[-1] < length:
             # of a filter that ends no more zeros than a step of a bounded past can reach
-            end = self.length if long_filter.support is None else long_filter.support + _DOT_LENGTH
-            width = max(length, h.shape[-1], min(self.length, end))
-            self.reversed = pad(h, (0, width - h.shape[-1])).flip(-1)
-        return self.reversed[index, :, self.reversed.shape[-1] - length :]
+            end = served if long_filter.support is None else long_filter.support + _DOT_LENGTH
+            width = max(length, h.shape[-1], min(served, end))
+            self.reversed = backwards = pad(h, (0, width - h.shape[-1])).flip(-1)
+        return backwards[index, :, backwards.shape[-1] - length :]
+
+    def keeps_spectra(self, long_filter: Evaluable, length: int) -> bool:
+        """Whether spectra are kept for inputs of a length: not in graphs, and not for frames of short filters."""
+        if not self.frozen or isinstance(length, torch.SymInt):
+            return False
+        return takes_spectra(self._reach(long_filter, length)[0].device, length, long_filter.support)
 
     def spectrum(
         self, long_filter: Evaluable, index: int, length: int, direct: Tensor, *, exact: bool = False
     ) -> FilterSpectrum:
         """Transformed taps and extra tap `direct` of convolution `index` for inputs of a length."""
-        key = index, length
-        if key not in self.spectra:
-            h = self.rising(long_filter, index, length)
-            with torch.inference_mode(False):
-                # the oldest goes: batches of many lengths may not fill the memory
-                if len(self.spectra) == _MAX_SPECTRA:
-                    del self.spectra[next(iter(self.spectra))]
-                self.spectra[key] = filter_spectrum(h, length, direct.detach().to(h.dtype), exact=exact)
-        return self.spectra[key]
-
-    def keeps_spectra(self, length: int) -> bool:
-        """Whether spectra may be kept for inputs of a length: not in graphs, which would hold one each."""
-        return self.frozen and not isinstance(length, torch.SymInt) and not torch.compiler.is_compiling()
+        known = self.spectra.get(index, ())
+        for size, spectrum in known:
+            if size == length and spectrum.exact == exact:
+                return spectrum
+        h = self.rising(long_filter, index, length)
+        with torch.inference_mode(False):
+            spectrum = filter_spectrum(h, length, direct.detach().to(h.dtype), exact=exact)
+        # the oldest goes: batches of many lengths may not fill the memory
+        self.spectra[index] = (*known[-_MAX_SPECTRA + 1 :], (length, spectrum))
+        return spectrum
 
     def nbytes(self) -> int:
         """Bytes held."""
         held = sum(tensor.nbytes for tensor in (self.h, self.reversed) if tensor is not None)
-        return held + sum(spectrum.spectrum.nbytes for spectrum in self.spectra.values())
+        return held + sum(x.spectrum.nbytes for known in self.spectra.values() for _, x in known)
+
+
+class FrozenTaps:
+    """Taps of a layer's filters that outlive calls. A copy of the model that holds them is not frozen."""
+
+    def __init__(self) -> None:
+        self.taps, self.reverse_taps = Taps(frozen=True), Taps(frozen=True)
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
 
 
 class History:
@@ -378,15 +402,15 @@ class ExactHistory(History):
         """
         past = self.reachable(w)
         before, total = past.shape[-1], past.shape[-1] + w.shape[-1]
-        if before == 0 and taps.keeps_spectra(total):
-            return causal_fftconv(
-                w, taps.spectrum(long_filter, index, total, direct, exact=self.exact), exact=self.exact
-            )
+        exact = self.exact or is_short(total)
+        if before == 0 and taps.keeps_spectra(long_filter, total):
+            spectrum = taps.spectrum(long_filter, index, total, direct, exact=exact)
+            return causal_fftconv(w, spectrum, exact=exact, check_finite=False)
         if before == 0 or w.shape[-1] > _DOT_LENGTH:
             h = taps.rising(long_filter, index, total)
             if self.fixed:  # reversed here, so that the compiled steps to come find it done
                 taps.falling(long_filter, index, total)
-            return continued_fftconv(past, w, h, direct, exact=self.exact)
+            return continued_fftconv(past, w, h, direct, exact=exact)
         y = self._dot(past, w, taps.falling(long_filter, index, total))
         return y + w * direct.to(w.dtype).repeat_interleave(w.shape[1] // direct.shape[0]).unsqueeze(-1)
 
@@ -453,10 +477,11 @@ class NoMemory:
     """
 
     def __init__(
-        self, histories: Sequence[History], capacity: int | None = None, frozen: tuple[Taps, Taps] | None = None
+        self, histories: Sequence[History], capacity: int | None = None, frozen: FrozenTaps | None = None
     ) -> None:
         self.histories = histories
-        self.taps, self.reverse_taps = frozen or (Taps(capacity), Taps(capacity))
+        self.taps = Taps(capacity) if frozen is None else frozen.taps
+        self.reverse_taps = Taps(capacity) if frozen is None else frozen.reverse_taps
 
     def push(self, index: int, w: Tensor, counts: Tensor | None, *operator) -> Tensor:  # noqa: ARG002 (one interface)
         """Answer inputs w (B, C, n) that have no past."""
@@ -504,7 +529,7 @@ class HyenaCacheLayer(CacheLayerMixin):
         make: Callable[[int | None, int | None], Sequence[History]],
         batch: int,
         device: torch.device,
-        frozen: tuple[Taps, Taps] | None = None,
+        frozen: FrozenTaps | None = None,
     ) -> None:
         """Set up the histories on first use: make(static capacity or None, length to make room for or None).
 
@@ -514,7 +539,7 @@ class HyenaCacheLayer(CacheLayerMixin):
             return
         self.histories = make(self.max_cache_len, self.expected_length)
         if frozen is not None:
-            self.taps = frozen[0]
+            self.taps = frozen.taps
         self.taps.capacity = self.expected_length
         self.batch_size, self.device = batch, device
         self.is_initialized = True
@@ -792,6 +817,7 @@ def _holds_tokens(layer: CacheLayerMixin) -> bool:
 __all__ = [
     "AttentionHistory",
     "ExactHistory",
+    "FrozenTaps",
     "HeadHistory",
     "HyenaCacheLayer",
     "NoMemory",

@@ -28,7 +28,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import HyenaCacheLayer, Taps, adopt_cache, in_turn
+from .cache import FrozenTaps, HyenaCacheLayer, adopt_cache, in_turn
 from .configuration_hyena import HyenaConfig
 from .filters import FILTERS, ExplicitFilter, FilterLinear, ImplicitFilter, decay_rates
 from .mixers import HyenaAttention, HyenaMixer, RotaryEmbedding
@@ -222,14 +222,16 @@ class HyenaPreTrainedModel(PreTrainedModel):
 
     @contextmanager
     def frozen_filters(self) -> Iterator[None]:
-        """Evaluate and transform every long filter once for all calls inside a `with` block.
+        """Evaluate every long filter once for all calls inside a `with` block.
 
-        The filters and skips get no gradients there, and changing them has no effect until the block ends. Spectra are
-        kept for up to eight lengths of input a layer, 8 bytes a tap, channel and length.
+        Where one transform of the whole input serves (causal layers of one filter a channel, outside compiled graphs),
+        its spectrum is kept too, for the last eight lengths of input of each convolution: 8 bytes a tap and channel,
+        16 where sums are float64. Filters and skips get no gradients in the block, and changing them has no effect
+        until it ends. Copies of the model made inside are not frozen.
         """
         mixers = [module for module in self.modules() if isinstance(module, HyenaMixer) and module.frozen is None]
         for mixer in mixers:
-            mixer.frozen = Taps(frozen=True), Taps(frozen=True)
+            mixer.frozen = FrozenTaps()
         try:
             yield
         finally:
@@ -644,7 +646,6 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    @torch.no_grad()
     def stream(
         self,
         input_ids: Tensor,
@@ -664,15 +665,27 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
             attention_mask: (B, L), as in `forward`.
             logits_to_keep: Of each chunk, as in `forward`.
 
-        Yields:
-            What `forward` returns for each chunk.
+        Returns:
+            An iterator over what `forward` returns for each chunk; chunks run as they are asked for.
 
         Raises:
-            ValueError: chunk_length below 1, or inputs that `forward` refuses.
+            ValueError: chunk_length below 1, a mask of another shape, or inputs that `forward` refuses.
         """
-        if chunk_length < 1:
-            raise ValueError(f"chunk_length ({chunk_length}) must be at least 1")
-        batch, length, _ = check_stream(input_ids, None, self.config)
+        if not isinstance(chunk_length, int) or chunk_length < 1:
+            raise ValueError(f"chunk_length ({chunk_length}) must be a whole number, at least 1")
+        check_stream(input_ids, None, self.config)
+        if attention_mask is not None and tuple(attention_mask.shape) != tuple(input_ids.shape):
+            raise ValueError(
+                f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}, got "
+                f"{tuple(attention_mask.shape)}"
+            )
+        return self._chunks(input_ids, chunk_length, attention_mask, logits_to_keep)
+
+    @torch.no_grad()
+    def _chunks(
+        self, input_ids: Tensor, chunk_length: int, attention_mask: Tensor | None, logits_to_keep: int | Tensor
+    ) -> Iterator[CausalLMOutputWithPast]:
+        batch, length = input_ids.shape
         cache = DynamicCache(config=self.config)
         for layer in adopt_cache(cache, self.config, batch, id(self.model), self.model.dtype):
             layer.expected_length = length

@@ -169,8 +169,33 @@ def test_a_spectrum_refuses_what_it_was_not_made_for():
         causal_fftconv(u, spectrum, exact=True)
     with pytest.raises(ValueError, match="the backend 'matrix' takes taps, not a FilterSpectrum"):
         causal_fftconv(u, spectrum, backend="matrix")
-    with pytest.raises(ValueError, match=r"length \(0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"length \(0\) must be a whole number, at least 1"):
         filter_spectrum(h, 0)
+
+
+def test_a_spectrum_of_float32_refuses_float64_inputs():
+    u, h, *_ = tensors()
+    with pytest.raises(TypeError, match=r"made of torch\.float32 for inputs of torch\.float64"):
+        causal_fftconv(u.double(), filter_spectrum(h, 9))
+
+
+@pytest.mark.parametrize("taps", [1, 100])
+def test_outputs_are_contiguous_whatever_the_layout_of_the_inputs(taps):
+    u, post = (torch.randn(8, 2, 1000).transpose(0, 1) for _ in range(2))
+    h, direct = torch.randn(1, taps).expand(8, taps), torch.randn(1).expand(8)
+    for backend in ("torch", "blocked", "overlap_save", "matrix"):
+        y = causal_fftconv(u, h, direct, postgate=post, backend=backend)
+        assert y.is_contiguous(), backend
+
+
+def test_blocks_of_use_backend_may_end_in_any_order():
+    first, second = use_backend("torch"), use_backend("matrix")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert engine.requested_backend("", None, torch.ones(1)) == "matrix"
+    second.__exit__(None, None, None)
+    assert engine.requested_backend("", None, torch.ones(1)) is None
 
 
 # values that are no numbers

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from hyena_hf.ops import causal_fftconv, filter_spectrum, hyena_conv, short_conv
+from hyena_hf.ops import causal_fftconv, filter_spectrum, hyena_conv, short_conv, use_backend
 from tests import oracles
 
 
@@ -117,6 +117,44 @@ def test_a_fused_operator_takes_a_spectrum_and_gives_the_other_gradients():
     wanted = torch.autograd.grad(hyena_conv(p, weight, bias, h, direct).square().sum(), (p, weight, bias))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_spectrum_serves_any_number_of_backward_passes_and_refuses_what_it_is_not_for():
+    p, weight, bias, h, direct = make(2, 4, 30, 3, 30)
+    spectrum = filter_spectrum(h, 30, direct)
+    before = spectrum.spectrum.clone()
+    for _ in range(2):
+        hyena_conv(p, weight, bias, spectrum).sum().backward()
+        assert torch.equal(spectrum.spectrum, before)
+    with pytest.raises(ValueError, match="hyena_conv got direct beside a FilterSpectrum"):
+        hyena_conv(p, weight, bias, spectrum, direct)
+    with pytest.raises(ValueError, match="exact is False, but the FilterSpectrum was made with exact=True"):
+        hyena_conv(p, weight, bias, filter_spectrum(h, 30, exact=True))
+    with pytest.raises(TypeError, match=r"made of torch\.float32 for inputs of torch\.float64"):
+        hyena_conv(p, weight, bias, filter_spectrum(h.float(), 30))
+    with (
+        pytest.raises(ValueError, match="but use_backend asks for 'matrix'"),
+        use_backend("matrix"),
+    ):
+        hyena_conv(p, weight, bias, h)
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "error", "match"),
+    [
+        (0, torch.ones(2, 4, 0), ValueError, r"expected x \(B, C, L\) and weight \(C, K\), every size at least 1"),
+        (0, torch.ones(2, 4, 5, dtype=torch.complex64), TypeError, "got u of torch.complex64"),
+        (0, [1.0], TypeError, "short_conv takes tensors, got u of type list"),
+        (1, torch.ones(4, 0), ValueError, "every size at least 1"),
+        (1, torch.ones(4, 3, device="meta"), ValueError, "weight lies on meta"),
+        (2, torch.ones(1), ValueError, r"bias must have shape \(4,\), one value a channel, got \(1,\)"),
+    ],
+)
+def test_the_short_convolution_refuses_what_does_not_fit(index, value, error, match):
+    inputs = [torch.ones(2, 4, 5), torch.ones(4, 3), torch.ones(4)]
+    inputs[index] = value
+    with pytest.raises(error, match=match):
+        short_conv(*inputs)
 
 
 def test_absent_bias_and_direct_count_as_zero_and_nothing_is_changed_in_place():

@@ -3,6 +3,9 @@
 Run: python -m pytest tests/test_long_context.py -q
 """
 
+import pickle
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -57,8 +60,10 @@ def test_a_stream_takes_masks_and_positions_to_keep():
 def test_a_stream_has_no_gradients_and_refuses_chunks_of_no_token():
     model = new_model()
     assert not next(model.stream(tokens(1, 9), chunk_length=4)).logits.requires_grad
-    with pytest.raises(ValueError, match=r"chunk_length \(0\) must be at least 1"):
-        next(model.stream(tokens(1, 9), chunk_length=0))
+    with pytest.raises(ValueError, match=r"chunk_length \(0\) must be a whole number, at least 1"):
+        model.stream(tokens(1, 9), chunk_length=0)
+    with pytest.raises(ValueError, match=r"attention_mask must have the shape of input_ids, \(1, 9\), got \(1, 12\)"):
+        model.stream(tokens(1, 9), attention_mask=torch.ones(1, 12))
 
 
 # frozen filters
@@ -84,7 +89,7 @@ class Counter:
 @every_model
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_frozen_filters_change_no_output_and_are_evaluated_once(name, dtype):
-    model, ids = new_model(name, dtype), tokens(2, 80)
+    model, ids = new_model(name, dtype), tokens(2, 300)
     batches = [ids, ids[:, :50], ids]
     expected = [model(batch, use_cache=False).logits for batch in batches]
     counter = Counter(model)
@@ -125,14 +130,78 @@ def test_changed_filters_count_again_once_they_are_no_longer_frozen():
     assert not torch.allclose(model(ids, use_cache=False).logits, before)
 
 
+def test_frozen_filters_are_the_same_in_every_training_step():
+    model, ids = new_model(), tokens(2, 300)
+    losses = []
+    with model.frozen_filters():
+        for _ in range(3):
+            loss = model(ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            losses.append(loss.item())
+        (model(ids, labels=ids, use_cache=False).loss + model(ids, labels=ids, use_cache=False).loss).backward()
+    assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.parametrize("copy", ["deepcopy", "pickle"])
+def test_copies_of_a_frozen_model_are_not_frozen(copy):
+    model, ids = new_model(), tokens(1, 300)
+    with model.frozen_filters():
+        expected = model(ids, use_cache=False).logits
+        other = deepcopy(model) if copy == "deepcopy" else pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        other.model.layers[0].mixer.skip.mul_(3)
+    assert not torch.allclose(other(ids, use_cache=False).logits, expected)
+    other(ids, labels=ids, use_cache=False).loss.backward()
+    assert other.model.layers[0].mixer.filter.output.weight.grad is not None
+
+
+def test_an_evaluation_that_fails_leaves_the_taps_as_they_were(monkeypatch):
+    model, ids = new_model(), tokens(1, 300)
+    expected = model(ids, use_cache=False).logits
+    long_filter = model.model.layers[0].mixer.filter
+    with torch.no_grad(), model.frozen_filters():
+        model(ids[:, :10], use_cache=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(long_filter, "taps", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(ids, use_cache=False)
+        assert_close(model(ids, use_cache=False).logits, expected, torch.float32)
+
+
+def test_frozen_filters_go_with_any_backend():
+    model, ids = new_model(), tokens(1, 300)
+    expected = model(ids, use_cache=False).logits
+    for backend in ("matrix", "torch", "blocked"):
+        with torch.no_grad(), model.frozen_filters(), use_backend(backend):
+            assert_close(model(ids, use_cache=False).logits, expected, torch.float32)
+
+
+def test_gradients_reach_the_past_and_the_skip_through_a_cache():
+    model, ids = new_model(num_hidden_layers=1).requires_grad_(False), tokens(1, 30)
+    model.model.layers[0].mixer.skip.requires_grad_()
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :12], past_key_values=cache)
+    assert model(ids[:, 12:], past_key_values=cache).logits.requires_grad
+
+
+def test_rows_without_a_token_may_hold_what_is_no_number():
+    model, mask = new_model(), torch.ones(3, 12, dtype=torch.long)
+    embeddings = torch.randn(3, 12, 32)
+    expected = model(inputs_embeds=embeddings, use_cache=False).logits
+    mask[1], embeddings[1] = 0, float("nan")
+    for use_cache in (True, False):
+        logits = model(inputs_embeds=embeddings, attention_mask=mask, use_cache=use_cache).logits
+        assert_close(logits[[0, 2]], expected[[0, 2]], torch.float32)
+
+
 def test_the_memory_of_spectra_is_bounded_whatever_lengths_come():
     model = new_model()
     with torch.no_grad(), model.frozen_filters():
-        for length in range(20, 40):
+        for length in range(280, 300):
             model(tokens(1, length), use_cache=False)
-        taps = model.model.layers[0].mixer.frozen[0]
-        assert len(taps.spectra) == 8
-        assert taps.nbytes() < 40 * taps.h.nbytes
+        taps = model.model.layers[0].mixer.frozen.taps
+        assert [length for length, _ in taps.spectra[0]] == list(range(292, 300))
+        assert taps.nbytes() < 20 * taps.h.nbytes
 
 
 # partial filters

@@ -18,12 +18,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hyena_hf.cache import ExactHistory, HeadHistory, History, HyenaCacheLayer, NoMemory, Taps, Window
+from hyena_hf.cache import ExactHistory, FrozenTaps, HeadHistory, History, HyenaCacheLayer, NoMemory, Window
 from hyena_hf.configuration_hyena import HyenaConfig
 from hyena_hf.filters import FILTERS, LongFilter, ReverseFilter
 from hyena_hf.ops import Segments, bidirectional_fftconv, hyena_conv, over_rows
 from hyena_hf.ops.engine import one_pass_serves
-from hyena_hf.ops.precision import without_autocast
+from hyena_hf.ops.precision import is_short, transform_dtype, without_autocast
 from hyena_hf.ops.segments import zero_behind
 
 from .projections import is_plain, project_down, project_up
@@ -54,7 +54,9 @@ def _convolve_both_sides(
     length = w.shape[-1]
     h = memory.taps.rising(long_filter, index, length)
     h_reverse = memory.reverse_taps.rising(ReverseFilter(long_filter), index, length)
-    return bidirectional_fftconv(zero_behind(w, counts), h, h_reverse, direct, exact=exact)
+    exact = exact or is_short(length)
+    w = zero_behind(w, counts)
+    return bidirectional_fftconv(w, h, h_reverse, direct, exact=exact, check_finite=False)
 
 
 class ShortConv(nn.Module):
@@ -90,7 +92,7 @@ class HyenaMixer(nn.Module):
         self.exact = config.order > 2
         self.convolve = _convolve_causally if config.is_causal else partial(_convolve_both_sides, exact=self.exact)
         self.has_one_pass = config.order == 2 and config.num_filters == config.hidden_size and config.is_causal
-        self.frozen: tuple[Taps, Taps] | None = None  # see `HyenaPreTrainedModel.frozen_filters`
+        self.frozen: FrozenTaps | None = None  # see `HyenaPreTrainedModel.frozen_filters`
         channels = (config.order + 1) * config.hidden_size
         self.in_proj = nn.Linear(config.hidden_size, channels, bias=config.use_bias)
         self.short_conv = ShortConv(channels, config.short_conv_kernel, config.use_bias)
@@ -156,16 +158,24 @@ class HyenaMixer(nn.Module):
     def _takes_one_pass(self, rows: Tensor, memory: Memory) -> bool:
         """Whether rows (B, n, C) without a past can go through `hyena_conv`."""
         free = self.has_one_pass and isinstance(memory, NoMemory) and not (self.training and self.dropout)
-        return free and one_pass_serves(rows.dtype, rows.device, rows.shape[1], self.filter.support)
+        if not free or not one_pass_serves(rows.dtype, rows.device, rows.shape[1], self.filter.support):
+            return False
+        # the fused operator has no exact sums
+        return not is_short(rows.shape[1]) or transform_dtype(torch.float32, rows.device, exact=True) == torch.float32
 
     def one_pass(self, p: Tensor, memory: Memory) -> Tensor:
         """An order-2 operator on p (B, 3 D, n) -> (B, D, n)."""
         weight, bias = self.short_conv(p.dtype)
         length, taps = p.shape[-1], memory.taps
-        if taps.keeps_spectra(length):
-            return hyena_conv(p, weight, bias, taps.spectrum(self.filter, 0, length, self.skip[0]))
-        h = taps.rising(self.filter, 0, length)
-        return hyena_conv(p, weight, bias, h.to(p.dtype), self.skip[0].to(p.dtype))
+        if taps.keeps_spectra(self.filter, length):
+            spectrum = taps.spectrum(self.filter, 0, length, self.skip[0])
+            return hyena_conv(p, weight, bias, spectrum, check_finite=False)
+        h = taps.rising(self.filter, 0, length).to(p.dtype)
+        return hyena_conv(p, weight, bias, h, self.direct(0).to(p.dtype), check_finite=False)
+
+    def direct(self, index: int) -> Tensor:
+        """The skip of convolution `index` (H,); frozen with the filter, whose spectrum may hold it."""
+        return self.skip[index] if self.frozen is None else self.skip[index].detach()
 
     def projections(self, x: Tensor, counts: Tensor | None, memory: Memory) -> Tensor:
         """Short convolution of the projections, (B, (N + 1) D, n)."""
@@ -176,7 +186,7 @@ class HyenaMixer(nn.Module):
         *gates, v = self.projections(x, counts, memory).chunk(self.order + 1, dim=1)
         for index, gate in enumerate(reversed(gates[1:])):
             w = nn.functional.dropout(v * gate, self.dropout, self.training)
-            v = self.convolve(memory, index, w, counts, self.filter, self.skip[index])
+            v = self.convolve(memory, index, w, counts, self.filter, self.direct(index))
         return gates[0] * v
 
     def head_convolution(self, x: Tensor, counts: Tensor | None, memory: Memory) -> Tensor:
@@ -185,7 +195,7 @@ class HyenaMixer(nn.Module):
         if self.training and self.dropout:
             q, k, v = qkv.chunk(3, dim=1)
             qkv = torch.cat([q, k, nn.functional.dropout(v, self.dropout)], dim=1)
-        return memory.push(1, qkv, counts, memory.taps, self.filter, 0, self.skip[0])
+        return memory.push(1, qkv, counts, memory.taps, self.filter, 0, self.direct(0))
 
 
 __all__ = ["HyenaMixer", "ShortConv"]

@@ -14,10 +14,10 @@ B batch, C channels, H filters, L length, K taps of `h`, K' of `h_reverse`, n FF
 from torch import Tensor
 
 from .engine import Conv, convolve, requested_backend
-from .fftconv import as_wide, check_finite, check_shapes, check_tensors
+from .fftconv import as_wide, check_shapes, check_tensors, refuse_non_finite
 
 
-def bidirectional_fftconv(
+def bidirectional_fftconv(  # noqa: PLR0913 (that of causal_fftconv and a filter)
     u: Tensor,
     h: Tensor,
     h_reverse: Tensor,
@@ -27,6 +27,7 @@ def bidirectional_fftconv(
     postgate: Tensor | None = None,
     backend: str | None = None,
     exact: bool = False,
+    check_finite: bool = True,
 ) -> Tensor:
     """Two-sided convolution of every channel with its filters, gates included.
 
@@ -38,7 +39,7 @@ def bidirectional_fftconv(
         pregate: Multiplies the input, (B, C, L).
         postgate: Multiplies the output, (B, C, L).
         backend: `"torch"`, `"blocked"`, `"matrix"`, or None for the fastest that serves.
-        exact: As in `causal_fftconv`.
+        exact, check_finite: As in `causal_fftconv`.
 
     Returns:
         (B, C, L), dtype of `u`; formula at the top of this file.
@@ -60,7 +61,8 @@ def bidirectional_fftconv(
     h, h_reverse = as_wide(h, u.dtype), as_wide(h_reverse, u.dtype)
     direct = None if direct is None else as_wide(direct, u.dtype)
     y = convolve(Conv(u, h, h_reverse, direct, pregate, postgate, exact), backend)
-    check_finite(name, y, u=u, h=h, h_reverse=h_reverse, direct=direct, **gates)
+    if check_finite:
+        refuse_non_finite(name, y, u=u, h=h, h_reverse=h_reverse, direct=direct, **gates)
     return y
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends.fft import Blocks, Kernel, Work, block_floats, next_even_5_smooth
+from .engine import one_pass_serves
 from .fftconv import causal_fftconv
 from .precision import transform_dtype
 
@@ -31,10 +32,15 @@ def continued_fftconv(past: Tensor, w: Tensor, h: Tensor, direct: Tensor, *, exa
     """
     before = past.shape[-1]
     if before == 0:
-        return causal_fftconv(w, h, direct, exact=exact)
-    tracing = torch.compiler.is_compiling() or (torch.is_grad_enabled() and (w.requires_grad or h.requires_grad))
-    if tracing or w.dtype == torch.float64 or w.device.type != "cpu":
-        return causal_fftconv(torch.cat([past, w], dim=-1), h, direct, exact=exact)[..., before:]
+        return causal_fftconv(w, h, direct, exact=exact, check_finite=False)
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (past, w, h, direct))
+    if (
+        wanted
+        or torch.compiler.is_compiling()
+        or w.dtype == torch.float64
+        or not one_pass_serves(w.dtype, w.device, w.shape[-1], None)
+    ):
+        return causal_fftconv(torch.cat([past, w], dim=-1), h, direct, exact=exact, check_finite=False)[..., before:]
     h = h[:, : before + w.shape[-1]]
     return _in_blocks(past, w, Kernel(h.to(w.dtype), direct=direct.to(w.dtype)), exact)
 

@@ -23,7 +23,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -41,13 +41,15 @@ BACKENDS = ("torch", "blocked", "overlap_save", "matrix", "triton", "flashfftcon
 # Up to this many numbers blocks save nothing, and keeping the spectra for backward costs little memory.
 _SMALL = 1 << 17
 
+_BY_FFT = ("torch", "blocked")  # one transform of the whole input: those that spectra are for
+
 _log = logging.getLogger(__name__)
-_requested: list[str] = []
+_requested: list[tuple[str]] = []
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Compute all long convolutions inside a `with` block by one backend.
+    """Compute all long convolutions inside a `with` block by one backend, in all threads.
 
     Args:
         name: One of `BACKENDS`.
@@ -57,17 +59,18 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    _requested.append(name)
+    entry = (name,)
+    _requested.append(entry)
     try:
         yield
-    finally:
-        _requested.pop()
+    finally:  # not the last one: blocks of other threads may end in another order
+        del _requested[next(i for i, other in enumerate(_requested) if other is entry)]
 
 
 def requested_backend(function: str, name: str | None, u: Tensor) -> str | None:
     """The backend that was asked for, by argument or by `use_backend`, or must be taken; None where it is free."""
     if name is None and _requested:
-        name = _requested[-1]
+        name = _requested[-1][0]
     if name is None:
         # only `matrix` consists of operations that other runtimes know
         return "matrix" if torch.onnx.is_in_onnx_export() or u.device.type == "mps" else None
@@ -183,14 +186,31 @@ def _fastest(conv: Conv) -> str:
     return "torch"
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _note(backend: str, u: tuple[int, ...], h: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     _log.debug("long convolution of u %s, h %s in %s on %s: backend %s", u, h, dtype, device, backend)
 
 
+def takes_spectra(device: torch.device, length: int, support: int | None) -> bool:
+    """Whether filters that end at `support` should be transformed once for inputs of a length: frames do without."""
+    if isinstance(length, torch.SymInt) or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+        return False
+    if device.type == "mps" or (_requested and _requested[-1][0] not in _BY_FFT):
+        return False
+    return support is None or not overlap_save.serves(length, min(support, length))
+
+
+def note_one_pass(p: Tensor, h: Tensor) -> None:
+    """Write to the debug log that an operator goes through `hyena_conv`, or refuse where another way is asked for."""
+    if _requested and _requested[-1][0] not in _BY_FFT:
+        raise ValueError(f"hyena_conv computes by torch.fft, but use_backend asks for {_requested[-1][0]!r}")
+    if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
+        _note("blocked, in one pass", tuple(p.shape), tuple(h.shape), p.dtype, p.device)
+
+
 def one_pass_serves(dtype: torch.dtype, device: torch.device, length: int, support: int | None) -> bool:
     """Whether `hyena_conv` is the fastest way for rows of that length and a filter that ends at `support`."""
-    if _requested and _requested[-1] not in ("torch", "blocked"):
+    if _requested and _requested[-1][0] not in _BY_FFT:
         return False
     if (
         device.type != "cpu"
@@ -211,7 +231,7 @@ def convolve(conv: Conv, backend: str | None, spectrum: Tensor | None = None) ->
         backend: What `requested_backend` returned.
         spectrum: Of the filters (H, F, 2), for the FFT of 2 F - 2 points.
     """
-    if spectrum is not None and backend not in (None, "torch", "blocked"):
+    if spectrum is not None and backend not in (None, *_BY_FFT):
         raise ValueError(f"the backend {backend!r} takes taps, not a FilterSpectrum; leave backend out")
     u, h, h_reverse, direct, pregate, postgate = conv.tensors()
     if backend == "matrix":
@@ -232,13 +252,13 @@ def _compute(conv: Conv, spectrum: Tensor | None, backend: str) -> tuple[Tensor,
     backend = choose(backend, conv) if spectrum is None else _with_spectrum(backend, conv)
     gates = conv.pregate, conv.postgate
     if backend == "torch" and conv.u.dtype == torch.float64 and conv.h_reverse is None and spectrum is None:
-        return _relaxed(conv), None
+        return _relaxed(conv).contiguous(), None
     if backend in ("torch", "blocked"):
         work = conv.work(None if spectrum is None else 2 * spectrum.shape[1] - 2)
         if backend == "blocked":
             return fft.forward(conv.u, conv.kernel(spectrum), gates, work), None
         y, kept = reference.forward(conv.u, conv.kernel(spectrum), gates, work)
-        return y, kept if conv.u.numel() <= _SMALL else None
+        return y.contiguous(), kept if conv.u.numel() <= _SMALL else None
     if backend == "overlap_save":
         frames = overlap_save.Frames.of(conv.u.shape[-1], conv.h.shape[1])
         return overlap_save.forward(conv.u, conv.kernel(), gates, conv.work(frames.size), frames), None
@@ -258,7 +278,7 @@ def _relaxed(conv: Conv) -> Tensor:
     if conv.direct is not None:
         y = torch.addcmul(y, w, conv.direct.view(-1, 1, 1))
     y = y.flatten(1, 2)
-    return y.contiguous() if conv.postgate is None else y * conv.postgate
+    return y if conv.postgate is None else y * conv.postgate
 
 
 def _gradients(
@@ -388,4 +408,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 long_conv.register_autograd(_backward, setup_context=_setup_context)
 
 
-__all__ = ["BACKENDS", "Conv", "choose", "convolve", "one_pass_serves", "refusal", "requested_backend", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "Conv",
+    "choose",
+    "convolve",
+    "one_pass_serves",
+    "refusal",
+    "requested_backend",
+    "takes_spectra",
+    "use_backend",
+]

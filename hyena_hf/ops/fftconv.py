@@ -39,12 +39,21 @@ class FilterSpectrum:
     length: int
     exact: bool
 
-    def spectrum_for(self, function: str, u: Tensor) -> Tensor:
-        """The spectrum, after refusing an input that is too long for it."""
+    def spectrum_for(self, function: str, u: Tensor, direct: Tensor | None, *, exact: bool) -> Tensor:
+        """The spectrum, after refusing an input or options that it is not for."""
+        if direct is not None:
+            raise ValueError(f"{function} got direct beside a FilterSpectrum; give it to filter_spectrum")
+        if exact != self.exact:
+            raise ValueError(f"exact is {exact}, but the FilterSpectrum was made with exact={self.exact}")
         if u.ndim == 3 and u.shape[-1] > self.length:
             raise ValueError(
                 f"{function}: the FilterSpectrum serves inputs of up to {self.length} tokens, but there are "
                 f"{u.shape[-1]}; make a longer one"
+            )
+        if self.h.dtype != torch.promote_types(u.dtype, torch.float32):
+            raise TypeError(
+                f"{function}: the FilterSpectrum was made of {self.h.dtype} for inputs of {u.dtype}; make it of "
+                f"filters in {torch.promote_types(u.dtype, torch.float32)}"
             )
         return self.spectrum
 
@@ -69,9 +78,11 @@ def filter_spectrum(h: Tensor, length: int, direct: Tensor | None = None, *, exa
     Raises:
         ValueError, TypeError: As `causal_fftconv`.
     """
-    if length < 1:
-        raise ValueError(f"length ({length}) must be at least 1")
-    check_tensors("filter_spectrum", h, direct=direct)
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(f"length ({length}) must be a whole number, at least 1")
+    check_real("filter_spectrum", h, direct=direct)
+    if h.ndim != 2 or 0 in h.shape:
+        raise ValueError(f"filter_spectrum: expected h (H, K), every size at least 1, got {tuple(h.shape)}")
     check_shapes(h.unsqueeze(0), h, direct, {})
     h = as_wide(h, h.dtype)[:, :length]
     direct = None if direct is None else as_wide(direct, h.dtype)
@@ -81,16 +92,25 @@ def filter_spectrum(h: Tensor, length: int, direct: Tensor | None = None, *, exa
     return FilterSpectrum(h.detach(), None if direct is None else direct.detach(), spectrum, length, exact)
 
 
-def check_tensors(function: str, u: Tensor, **tensors: Tensor | None) -> None:
-    """Refuse tensors that `function` cannot multiply."""
+def check_real(function: str, u: Tensor, **tensors: Tensor | None) -> None:
+    """Refuse what is no real tensor, or lies on another device than u."""
     for name, tensor in {"u": u, **tensors}.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{function} takes tensors, got {name} of type {type(tensor).__name__}")
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{function} takes real floating-point tensors, got {name} of {tensor.dtype}")
         if tensor is not None and tensor.device != u.device:
             raise ValueError(f"{name} lies on {tensor.device} but u on {u.device}; move them to one device")
+
+
+def check_tensors(function: str, u: Tensor, **tensors: Tensor | None) -> None:
+    """Refuse tensors that `function` cannot multiply with u."""
+    check_real(function, u, **tensors)
+    for name, tensor in tensors.items():
         exact = u.dtype if name.endswith("gate") else torch.promote_types(u.dtype, torch.float32)
-        fits = tensor is None or (tensor.dtype == exact if name.endswith("gate") else _holds(exact, tensor.dtype))
-        if tensor is not None and not fits:
+        if tensor is None:
+            continue
+        if tensor.dtype != exact if name.endswith("gate") else not _holds(exact, tensor.dtype):
             raise TypeError(
                 f"{name} is {tensor.dtype} but u {u.dtype}; gates need the dtype of u, filters one that {exact} can "
                 f"hold: convert one of them"
@@ -125,7 +145,7 @@ def as_wide(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(torch.promote_types(dtype, torch.float32))
 
 
-def check_finite(function: str, y: Tensor, **tensors: Tensor | None) -> None:
+def refuse_non_finite(function: str, y: Tensor, **tensors: Tensor | None) -> None:
     """Refuse what is no number: one such value spreads over a whole row, earlier outputs included.
 
     On accelerators and in compiled graphs nothing is looked at: it would wait for the device.
@@ -152,6 +172,7 @@ def causal_fftconv(
     postgate: Tensor | None = None,
     backend: str | None = None,
     exact: bool = False,
+    check_finite: bool = True,
 ) -> Tensor:
     """Causal convolution of every channel with its filter, gates included.
 
@@ -166,32 +187,31 @@ def causal_fftconv(
         exact: Sum float32 convolutions on a CPU in float64 and round once, unless
             `torch.set_float32_matmul_precision("high")` says otherwise. Outputs are then the same bits whatever stands
             behind them, for about 2.5 times the time.
+        check_finite: Refuse values that are not finite, on CPUs outside compiled graphs; models do not, so that one
+            that diverges gives losses that are no numbers, as others do.
 
     Returns:
         postgate * (h conv w + direct * w) with w = pregate * u, (B, C, L), dtype of `u`.
 
     Raises:
-        ValueError: Shapes or devices do not fit, the backend does not exist or cannot serve, or a value is not finite
-            (looked for on CPUs only).
+        ValueError: Shapes or devices do not fit, the backend does not exist or cannot serve, or a value is not finite.
         TypeError: A tensor is complex or integer, or dtypes do not fit.
 
-    O(B C L log L) time. Differentiable once in all tensors; a second derivative raises.
+    O(B C L log L) time. Differentiable once in all tensors; a second derivative raises (but by `matrix`).
     """
     name = "causal_fftconv"
     spectrum = None
     if isinstance(h, FilterSpectrum):
-        if direct is not None:
-            raise ValueError(f"{name} got direct beside a FilterSpectrum; give it to filter_spectrum")
-        if exact != h.exact:
-            raise ValueError(f"exact is {exact}, but the FilterSpectrum was made with exact={h.exact}")
-        h, direct, spectrum = h.h, h.direct, h.spectrum_for(name, u)
+        spectrum = h.spectrum_for(name, u, direct, exact=exact)
+        h, direct = h.h, h.direct
     gates = {"pregate": pregate, "postgate": postgate}
     check_tensors(name, u, h=h, direct=direct, **gates)
     check_shapes(u, h, direct, gates)
     backend = requested_backend(name, backend, u)
     h, direct = as_wide(h, u.dtype), None if direct is None else as_wide(direct, u.dtype)
     y = convolve(Conv(u, h, None, direct, pregate, postgate, exact), backend, spectrum)
-    check_finite(name, y, u=u, h=h, direct=direct, **gates)
+    if check_finite:
+        refuse_non_finite(name, y, u=u, h=h, direct=direct, **gates)
     return y
 
 
@@ -199,8 +219,9 @@ __all__ = [
     "FilterSpectrum",
     "as_wide",
     "causal_fftconv",
-    "check_finite",
+    "check_real",
     "check_shapes",
     "check_tensors",
     "filter_spectrum",
+    "refuse_non_finite",
 ]

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from .backends.fft import Kernel, Work, block_floats, fft_length
-from .fftconv import FilterSpectrum, check_finite, check_tensors
+from .engine import note_one_pass
+from .fftconv import FilterSpectrum, check_tensors, refuse_non_finite
 from .precision import transform_dtype
 from .short_conv import add_taps, add_taps_transposed, tap_gradients
 
@@ -89,6 +90,10 @@ def _compute(
     return y, kept
 
 
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, memory_format=torch.contiguous_format)
+
+
 def _gradients(  # noqa: PLR0913 (an operator of torch takes tensors, no objects)
     grad: Tensor,
     kept: Tensor,
@@ -103,10 +108,10 @@ def _gradients(  # noqa: PLR0913 (an operator of torch takes tensors, no objects
     """Gradients of p, weight, bias, h and direct; empty ones of an absent bias and of filters that need none."""
     batch, length, channels = p.shape[0], p.shape[-1], h.shape[0]
     work, kernel, taps = _work(p, h.shape[1], spectrum), _kernel(p, h, direct, spectrum), _Taps(weight, bias)
-    grad_p, grad_weight = torch.empty_like(p, memory_format=torch.contiguous_format), torch.zeros_like(weight)
-    grad_bias = p.new_empty(0) if bias is None else torch.zeros_like(bias)
-    grad_h = torch.zeros_like(h, memory_format=torch.contiguous_format) if needs_filter else h.new_empty(0)
-    grad_direct = torch.zeros_like(direct) if needs_filter else direct.new_empty(0)
+    grad_p, grad_weight = torch.empty_like(p, memory_format=torch.contiguous_format), _zeros(weight)
+    grad_bias = p.new_empty(0) if bias is None else _zeros(bias)
+    grad_h = _zeros(h) if needs_filter else h.new_empty(0)
+    grad_direct = _zeros(direct) if needs_filter else direct.new_empty(0)
     rows = _rows(channels, work)
     inputs, later = (p.new_zeros(rows, work.n, dtype=work.dtype) for _ in range(2))
     spare = p.new_empty(3, rows, length)
@@ -115,7 +120,7 @@ def _gradients(  # noqa: PLR0913 (an operator of torch takes tensors, no objects
         m = part.stop - start
         room, w, dz = inputs[:m], inputs[:m, :length], later[:m, :length]
         gate, key, value = spare[:, :m]
-        kernel_spectrum = kernel.transform(part, work).squeeze(1).conj_physical_()
+        kernel_spectrum = torch.conj_physical(kernel.transform(part, work).squeeze(1))
         total = None
         for b in range(batch):
             x, g, into = _streams(p[b])[:, part], grad[b, part], _streams(grad_p[b])[:, part]
@@ -220,35 +225,8 @@ def _backward_in_graphs(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor |
 _in_graphs.register_autograd(_backward_in_graphs, setup_context=_setup_context)
 
 
-def hyena_conv(
-    p: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    h: Tensor | FilterSpectrum,
-    direct: Tensor | None = None,
-) -> Tensor:
-    """Short convolution, gates and long convolution of an order-2 Hyena operator.
-
-    Args:
-        p: Projections x_0, x_1, v below each other, float32 or float64, (B, 3 D, L).
-        weight: Taps of the short convolution, the last one for the current token, (3 D, K).
-        bias: (3 D,) or None.
-        h: Long filters (D, taps), or what `filter_spectrum` made of them.
-        direct: Extra tap at lag 0 (D,); None with a `FilterSpectrum`.
-
-    Returns:
-        (B, D, L), contiguous.
-
-    Raises:
-        ValueError, TypeError: Shapes, devices or dtypes do not fit.
-
-    Fastest on CPUs. Differentiable once in all tensors but a `FilterSpectrum`. Causal up to rounding.
-    """
-    spectrum = None
-    if isinstance(h, FilterSpectrum):
-        h, direct, spectrum = h.h, h.direct, h.spectrum_for("hyena_conv", p)
-    if direct is None:
-        direct = h.new_zeros(h.shape[0])
+def _check(p: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, direct: Tensor) -> None:
+    """Refuse tensors that do not fit."""
     tensors = {"weight": weight, "bias": bias, "h": h, "direct": direct}
     check_tensors("hyena_conv", p, **tensors)
     for name, tensor in tensors.items():
@@ -258,18 +236,62 @@ def hyena_conv(
         raise TypeError(f"hyena_conv takes float32 or float64, got {p.dtype}; convert p")
     if p.ndim != 3 or h.ndim != 2 or p.shape[1] != 3 * h.shape[0] or 0 in (*p.shape, *h.shape):
         raise ValueError(f"expected p (B, 3 D, L) and h (D, K), got {tuple(p.shape)} and {tuple(h.shape)}")
-    if weight.ndim != 2 or weight.shape[0] != p.shape[1] or (bias is not None and bias.shape != p.shape[1:2]):
+    if (
+        weight.ndim != 2
+        or weight.shape[0] != p.shape[1]
+        or not weight.shape[1]
+        or (bias is not None and bias.shape != p.shape[1:2])
+    ):
         shape = None if bias is None else tuple(bias.shape)
         raise ValueError(f"expected weight (3 D, K) and bias (3 D,), got {tuple(weight.shape)} and {shape}")
     if direct.shape != h.shape[:1]:
         raise ValueError(f"direct must have shape ({h.shape[0]},), one value a filter, got {tuple(direct.shape)}")
+
+
+def hyena_conv(
+    p: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor | FilterSpectrum,
+    direct: Tensor | None = None,
+    *,
+    check_finite: bool = True,
+) -> Tensor:
+    """Short convolution, gates and long convolution of an order-2 Hyena operator.
+
+    Args:
+        p: Projections x_0, x_1, v below each other, float32 or float64, (B, 3 D, L).
+        weight: Taps of the short convolution, the last one for the current token, (3 D, K).
+        bias: (3 D,) or None.
+        h: Long filters (D, taps), or what `filter_spectrum` made of them.
+        direct: Extra tap at lag 0 (D,); with a `FilterSpectrum` given there.
+        check_finite: As in `causal_fftconv`.
+
+    Returns:
+        (B, D, L), contiguous.
+
+    Raises:
+        ValueError, TypeError: Shapes, devices or dtypes do not fit, or `use_backend` asks for another way.
+
+    Fastest on CPUs. Differentiable once in all tensors but a `FilterSpectrum`. Causal up to rounding.
+    """
+    spectrum = None
+    if isinstance(h, FilterSpectrum):
+        spectrum = h.spectrum_for("hyena_conv", p, direct, exact=False)
+        h, direct = h.h, h.direct
+    if direct is None:
+        direct = h.new_zeros(h.shape[0])
+    tensors = {"weight": weight, "bias": bias, "h": h, "direct": direct}
+    _check(p, **tensors)
+    note_one_pass(p, h)
     inputs = p, weight, bias, h, direct, spectrum
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if torch.compiler.is_compiling():
         y = _in_graphs(*inputs, wanted)[0]
     else:
         y = _HyenaConv.apply(*inputs) if wanted else _compute(*inputs, False)[0]
-    check_finite("hyena_conv", y, p=p, **tensors)
+    if check_finite:
+        refuse_non_finite("hyena_conv", y, p=p, **tensors)
     return y
 
 

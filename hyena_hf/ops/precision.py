@@ -13,6 +13,15 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
 
 
+# Rows up to this length are summed exactly in every model: it costs little there, and a tenth of what order 2 may err.
+_SHORT = 256
+
+
+def is_short(length: int) -> bool:
+    """Whether rows of a length are summed exactly, also in models of order 2; symbolic lengths are not."""
+    return not isinstance(length, torch.SymInt) and length <= _SHORT
+
+
 def transform_dtype(dtype: torch.dtype, device: torch.device, exact: bool) -> torch.dtype:
     """Real dtype of the transforms of inputs in `dtype`, at least float32.
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fftconv import check_real
+
 
 # Numbers of a block: three of them fit the second-level cache of most processors.
 _BLOCK = 1 << 16
@@ -168,12 +170,19 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, past: Tens
         (B, C, L), dtype of `x` promoted with that of `weight`; on CPUs in the memory layout of `x`.
 
     Raises:
-        ValueError: Shapes that do not fit.
+        ValueError: Shapes or devices that do not fit.
+        TypeError: A tensor is complex or integer.
 
     Differentiable, on CPUs outside compiled graphs once.
     """
-    if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[1]:
-        raise ValueError(f"expected x (B, C, L) and weight (C, K), got {tuple(x.shape)} and {tuple(weight.shape)}")
+    check_real("short_conv", x, weight=weight, bias=bias, past=past)
+    if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[1] or 0 in (*x.shape, *weight.shape):
+        raise ValueError(
+            f"expected x (B, C, L) and weight (C, K), every size at least 1, got {tuple(x.shape)} and "
+            f"{tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), one value a channel, got {tuple(bias.shape)}")
     if past is not None and past.shape != (*x.shape[:2], weight.shape[1] - 1):
         raise ValueError(
             f"past must hold the {weight.shape[1] - 1} inputs before x, {(*x.shape[:2], weight.shape[1] - 1)}, got "
