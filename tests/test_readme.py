@@ -37,3 +37,10 @@ def test_the_python_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     exec(compile(PYTHON, "README.md", "exec"), {})
     assert "def f(x):" in capsys.readouterr().out
     assert (tmp_path / "my-hyena" / "model.safetensors").exists()
+
+
+def test_the_example_of_long_inputs_runs_as_it_stands(capsys):
+    section = (ROOT / "README.md").read_text().split("## Long inputs and other runtimes")[1]
+    (example,) = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], flags=re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out.count("torch.Size") == 3
