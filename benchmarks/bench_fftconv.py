@@ -32,6 +32,7 @@ from benchmarks.published import (
 )
 from benchmarks.report import markdown_table
 from benchmarks.timing import (
+    KEEPING_ALLOCATOR,
     Call,
     Comparison,
     Ratio,
@@ -119,8 +120,8 @@ def inference(
 def shapes(settings: Settings) -> Page:
     """The six shapes, with gradients and without."""
     chosen = [(1, 4, 64), (2, 4, 100)] if settings.smoke else SHAPES
-    train = {shape: training(settings, shape) for shape in tqdm(chosen, desc="gradients")}
-    infer = {shape: inference(settings, shape) for shape in tqdm(chosen, desc="inference")}
+    train = {shape: settings.in_subprocess(training, settings, shape) for shape in tqdm(chosen, desc="gradients")}
+    infer = {shape: settings.in_subprocess(inference, settings, shape) for shape in tqdm(chosen, desc="inference")}
     lines = [
         "## Shapes",
         "Forward and backward, gradients of input and filters; time of naive over each:",
@@ -134,15 +135,24 @@ def shapes(settings: Settings) -> Page:
         *ratio_table(KEYS, infer),
         "",
         verdict(infer, OURS, "geometric mean 2.3"),
+        "",
+        "Every row has a process of its own: the allocator's history decides what a large temporary costs. The same "
+        "with an allocator that keeps its memory (mmap_max=0, no trimming), forward and backward, then inference:",
     ]
+    for function in (training, inference):
+        kept = {
+            shape: settings.in_subprocess(function, settings, shape, environment=KEEPING_ALLOCATOR)
+            for shape in tqdm(chosen, desc="keeping allocator")
+        }
+        lines += ["", *ratio_table(KEYS, kept)]
     return lines, {}
 
 
 def lengths(settings: Settings) -> Page:
     """Lengths whose double has large prime factors."""
     chosen = [(1, 4, 67)] if settings.smoke else [(1, 64, length) for length in LENGTHS]
-    train = {shape: training(settings, shape) for shape in tqdm(chosen, desc="gradients")}
-    infer = {shape: inference(settings, shape) for shape in tqdm(chosen, desc="inference")}
+    train = {shape: settings.in_subprocess(training, settings, shape) for shape in tqdm(chosen, desc="gradients")}
+    infer = {shape: settings.in_subprocess(inference, settings, shape) for shape in tqdm(chosen, desc="inference")}
     lines = ["## Awkward lengths", "Naive transforms at n = 2 L. Forward and backward:", "", *ratio_table(KEYS, train)]
     lines += ["", verdict(train, OURS, "3.3"), "", "Inference:", "", *ratio_table(KEYS, infer)]
     return [*lines, "", verdict(infer, "this package, taps", "3.3"), "", verdict(infer, OURS, "3.3")], {}

@@ -99,7 +99,7 @@ def refuse_difference(found: Tensor, truth: Tensor) -> None:
         raise RuntimeError(f"this package and the published operator differ by {error:.1e} relative RMS")
 
 
-def compare_cores(settings: Settings, cell: Cell, *, train: bool) -> Comparison:
+def compare_cores(settings: Settings, cell: Cell, train: bool) -> Comparison:
     """Between the projections."""
     torch.manual_seed(0)
     parts = Parts.random(*cell)
@@ -129,14 +129,14 @@ def compare_cores(settings: Settings, cell: Cell, *, train: bool) -> Comparison:
 def compare_cells(
     settings: Settings, cells: Sequence[Cell], *, train: bool
 ) -> tuple[dict[tuple, Comparison], list[str]]:
-    """All cells that fit into memory, and a line about those that do not."""
+    """All cells that fit into memory, each in a process of its own, and a line about those that do not."""
     found, left_out = {}, []
     for cell in tqdm(cells, desc="gradients" if train else "inference"):
         need = math.prod(cell) * 4 * LIVE[train]
         if need > free_memory():
             left_out.append(f"{cell} (about {need / 2**30:.0f} GiB)")
             continue
-        found[cell] = compare_cores(settings, cell, train=train)
+        found[cell] = settings.in_subprocess(compare_cores, settings, cell, train)
     return found, ["", f"Left out for want of memory: {', '.join(left_out)}."] if left_out else []
 
 
@@ -185,7 +185,7 @@ def make_mixer(width: int, length: int) -> HyenaForCausalLM:
     return HyenaForCausalLM(config)
 
 
-def compare_modules(settings: Settings, cell: Cell, *, train: bool) -> Comparison:
+def compare_modules(settings: Settings, cell: Cell, train: bool) -> Comparison:
     """Projections and the filters' MLP on both sides."""
     batch, width, length = cell
     published, plain = PublishedOperator(width, length), make_mixer(width, length)
@@ -225,7 +225,9 @@ def modules(settings: Settings) -> Page:
         "transforms them once (`model.frozen_filters()`).",
     ]
     for title, train in (("Inference", False), ("Forward and backward", True)):
-        found = {cell: compare_modules(settings, cell, train=train) for cell in tqdm(chosen, desc=title)}
+        found = {
+            cell: settings.in_subprocess(compare_modules, settings, cell, train) for cell in tqdm(chosen, desc=title)
+        }
         lines += ["", f"{title}:", "", *ratio_table(KEYS, found)]
     return lines, {}
 
