@@ -117,7 +117,17 @@ def test_fft_length_of_long_inputs_is_even_smooth_and_at_most_a_twelfth_too_long
 
 
 both_sums = pytest.mark.parametrize("exact", [False, True], ids=["float32 sums", "float64 sums"])
-every_backend = pytest.mark.parametrize("backend", ["torch", "blocked", "overlap_save", "matrix"])
+
+
+def by_every_backend(shapes):
+    """Parametrize by shape and backend; frames are for filters of at most half the length of the input."""
+    pairs = [
+        (sizes, backend)
+        for sizes in shapes
+        for backend in ("torch", "blocked", "overlap_save", "matrix")
+        if backend != "overlap_save" or 2 * sizes[4] <= sizes[3]
+    ]
+    return pytest.mark.parametrize(("sizes", "backend"), pairs, ids=str)
 
 
 @pytest.fixture(params=["one block", "small blocks"])
@@ -127,17 +137,9 @@ def blocks(request, monkeypatch):
         monkeypatch.setattr(engine, "block_floats", lambda n: 3 * n)
 
 
-def skip_what_is_refused(backend, sizes):
-    """Frames are for filters of at most half the length of the input."""
-    if backend == "overlap_save" and 2 * min(sizes[4], sizes[3]) > sizes[3]:
-        pytest.skip("the filter is too long for frames, which is refused")
-
-
-@every_backend
+@by_every_backend(SIZES)
 @pytest.mark.usefixtures("blocks")
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_fftconv_and_all_its_gradients_equal_the_oracle_in_float64(sizes, backend):
-    skip_what_is_refused(backend, sizes)
     inputs = make_inputs(*sizes)
     results, expected = run(causal_fftconv, inputs, backend=backend), oracle_results(inputs)
     assert results.keys() == {"y", *NAMES}
@@ -145,11 +147,9 @@ def test_fftconv_and_all_its_gradients_equal_the_oracle_in_float64(sizes, backen
         np.testing.assert_allclose(result, expected[name], rtol=0, atol=1e-12 * np.abs(expected[name]).max())
 
 
-@every_backend
+@by_every_backend(SIZES)
 @both_sums
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_fftconv_in_float32_is_at_most_twice_as_far_from_the_oracle_as_the_obvious_version(sizes, backend, exact):
-    skip_what_is_refused(backend, sizes)
     # over many batches, so that no lucky rounding of few numbers decides
     batches = [make_inputs(*sizes, dtype=torch.float32) for _ in range(5 if sizes[3] > 200 else 12)]
     expected = pooled(oracle_results(inputs) for inputs in batches)
@@ -162,11 +162,9 @@ def test_fftconv_in_float32_is_at_most_twice_as_far_from_the_oracle_as_the_obvio
         assert relative_error(result, expected[name]) <= allowed, name
 
 
-@every_backend
+@by_every_backend([(2, 4, 4, 127, 127), (2, 6, 2, 1000, 64), (1, 2, 1, 3, 9)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("sizes", [(2, 4, 4, 127, 127), (2, 6, 2, 1000, 64), (1, 2, 1, 3, 9)], ids=str)
 def test_fftconv_of_half_precision_inputs_loses_only_their_rounding(sizes, dtype, tolerance, backend):
-    skip_what_is_refused(backend, sizes)
     inputs = make_inputs(*sizes, dtype=dtype)
     results, expected = run(causal_fftconv, inputs, backend=backend), oracle_results(inputs)
     for name, result in results.items():
