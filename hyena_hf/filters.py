@@ -329,7 +329,9 @@ class ImplicitFilter(LongFilter):
         if torch.compiler.is_compiling() or not isinstance(length, int):
             h = self._taps_at_once(layers, output, length, [slice(0, length)])
         elif torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
-            h = self._taps_at_once(layers, output, length, _tiles(length, self.frequency.device))
+            # packed documents share the filter of the longest one: gradients must see the same bits
+            whole = -(-length // _STEP) * _STEP
+            h = self._taps_at_once(layers, output, length, _tiles(whole, self.frequency.device))
         else:
             h = self._taps_in_tiles(layers, output, length)
         return h.view(self.order - 1, self.num_heads, length)
@@ -353,15 +355,15 @@ class ImplicitFilter(LongFilter):
 
     def _taps_at_once(self, layers: Iterable[nn.Module], output: nn.Module, length: int, tiles: list[slice]) -> Tensor:
         """Taps (filters, length) that one can differentiate and trace; only the features are made in tiles."""
-        time, dtype = self._time(length), self._dtype
+        time, dtype = self._time(tiles[-1].stop), self._dtype
         frequency = self.frequency.to(dtype).unsqueeze(-1)
         x = torch.cat([self._inputs(lags, *time) for lags in tiles], dim=-1)
         for layer in layers:
             weight, bias = layer(dtype)
             x = torch.sin(frequency * torch.addmm(bias.unsqueeze(-1), weight, x))
         weight, _ = output(dtype)
-        h = weight @ x
-        return h if self.decay_rates is None else h * self._windows(time[0])
+        h = (weight @ x)[:, :length]
+        return h if self.decay_rates is None else h * self._windows(time[0][:length])
 
     def _taps_in_tiles(self, layers: Iterable[nn.Module], output: nn.Module, length: int) -> Tensor:
         """The same without gradients: memory for the taps and one tile, and less to compute.

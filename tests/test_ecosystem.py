@@ -198,7 +198,8 @@ def test_the_generation_pipeline_answers_a_chat(folder):
 def test_the_feature_pipeline_gives_the_last_hidden_state(folder):
     pipe = pipeline("feature-extraction", str(folder))
     model = AutoModel.from_pretrained(folder)
-    expected = model(**pipe.tokenizer("abc", return_tensors="pt")).last_hidden_state
+    with torch.no_grad():  # as the pipeline: filters are evaluated in tiles, which round in another order
+        expected = model(**pipe.tokenizer("abc", return_tensors="pt")).last_hidden_state
     torch.testing.assert_close(pipe("abc", return_tensors=True), expected, rtol=0, atol=1e-6)
 
 

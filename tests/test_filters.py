@@ -568,3 +568,12 @@ def test_a_model_trained_in_bfloat16_gives_its_filters_float32_gradients():
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if ".filter." in name}
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
     assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("fields", [{}, {"modulation": False}, {"trainable_positional_features": True}])
+def test_with_gradients_too_a_shorter_filter_is_a_bitwise_prefix(fields):
+    module = make_filter(**fields, max_position_embeddings=256)
+    whole = module(256)
+    assert whole.requires_grad
+    for length in (1, 7, 13, 16, 97, 250):
+        assert torch.equal(module(length), whole[..., :length]), length

@@ -160,8 +160,10 @@ class HyenaMixer(nn.Module):
         free = self.has_one_pass and isinstance(memory, NoMemory) and not (self.training and self.dropout)
         if not free or not one_pass_serves(rows.dtype, rows.device, rows.shape[1], self.filter.support):
             return False
-        # the fused operator has no exact sums
-        return not is_short(rows.shape[1]) or transform_dtype(torch.float32, rows.device, exact=True) == torch.float32
+        if not is_short(rows.shape[1]):
+            return True
+        # the fused operator has no exact sums; graphs decide about them when they run
+        return not torch.compiler.is_compiling() and not transform_dtype(torch.float32, rows.device, True).itemsize > 4
 
     def one_pass(self, p: Tensor, memory: Memory) -> Tensor:
         """An order-2 operator on p (B, 3 D, n) -> (B, D, n)."""
