@@ -38,8 +38,8 @@ from .precision import transform_dtype
 
 BACKENDS = ("torch", "blocked", "overlap_save", "matrix", "triton", "flashfftconv")
 
-# Up to this many numbers blocks save nothing, and keeping the spectra for backward costs little memory.
-_SMALL = 1 << 17
+# Up to this many numbers blocks save nothing, and keeping the spectra for backward costs little: some 16 MiB at most.
+_SMALL = 1 << 20
 
 _BY_FFT = ("torch", "blocked")  # one transform of the whole input: those that spectra are for
 

@@ -21,13 +21,15 @@ from .fftconv import check_real
 _BLOCK = 1 << 16
 
 
-def add_taps(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Set out to bias + sum of shifted taps; x and out (.., C, L), weight (C, K), bias (C,)."""
-    taps, length = weight.shape[1], x.shape[-1]
-    torch.mul(x, weight[:, taps - 1 :], out=out)
-    for k in range(max(taps - length, 0), taps - 1):
+def add_taps(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, skipped: int = 0) -> None:
+    """Set out (.., C, n) to bias + sum of shifted taps of x (.., C, skipped + n); weight (C, K), bias (C,)."""
+    taps, length = weight.shape[1], out.shape[-1]
+    torch.mul(x[..., skipped:], weight[:, taps - 1 :], out=out)
+    for k in range(max(taps - length - skipped, 0), taps - 1):
         shift = taps - 1 - k
-        out[..., shift:].addcmul_(x[..., : length - shift], weight[:, k : k + 1])
+        lost = max(shift - skipped, 0)  # outputs whose input stands before x
+        start = skipped - shift + lost
+        out[..., lost:].addcmul_(x[..., start : start + length - lost], weight[:, k : k + 1])
     if bias is not None:
         out.add_(bias.unsqueeze(-1))
 
@@ -123,13 +125,13 @@ def _in_layout_of(x: Tensor, grad: Tensor) -> Tensor:
 
 
 def _apply(out: Tensor, block: Tensor, skipped: int, weight: Tensor, bias: Tensor | None) -> None:
-    """Set out (C, n) to the taps of a block (C, skipped + n)."""
-    if not skipped and out.dtype == block.dtype:
-        add_taps(out, block, weight, bias)
+    """Set out (C, n) to the taps of a block (C, skipped + n), rounded to its dtype at the end."""
+    if out.dtype == block.dtype:
+        add_taps(out, block, weight, bias, skipped)
         return
-    whole = torch.empty_like(block)
-    add_taps(whole, block, weight, bias)
-    out.copy_(whole[:, skipped:])
+    exact = torch.empty_like(block[:, skipped:])
+    add_taps(exact, block, weight, bias, skipped)
+    out.copy_(exact)
 
 
 def _gradients_of_past(grad_weight: Tensor, near: Tensor, past: Tensor, weight: Tensor) -> Tensor:

@@ -389,7 +389,7 @@ def backward(grad: Tensor, u: Tensor, kernel: Kernel, gates: Gates, work: Work, 
             dz_spectrum = torch.fft.rfft(dz)
             if needs.kernel and spectrum is not None:
                 # correlation with a signal is convolution with its reversal: the conjugate spectrum
-                product = _sum_of_rows(spectrum.conj_physical_().mul_(dz_spectrum))
+                product = sum_of_rows(spectrum.conj_physical_().mul_(dz_spectrum))
                 total = product if total is None else total.add_(product)
             if needs.input:
                 out.enter_input(at, torch.fft.irfft(dz_spectrum.mul_(reverse), n=work.n)[..., :length])
@@ -398,8 +398,8 @@ def backward(grad: Tensor, u: Tensor, kernel: Kernel, gates: Gates, work: Work, 
     return out
 
 
-def _sum_of_rows(x: Tensor) -> Tensor:
-    """(b, h, g, F) -> (h, F)."""
+def sum_of_rows(x: Tensor) -> Tensor:
+    """Add up rows that share a filter, (b, h, g, F) -> (h, F)."""
     return x[0, :, 0] if x.shape[0] * x.shape[2] == 1 else x.sum(dim=(0, 2))
 
 

@@ -10,7 +10,7 @@ from forward to backward where they are small. Shapes and names as in `fft`, whi
 import torch
 from torch import Tensor
 
-from .fft import Gates, Kernel, Needs, Work, gated
+from .fft import Gates, Kernel, Needs, Work, gated, sum_of_rows
 
 
 Kept = tuple[Tensor, Tensor]
@@ -69,12 +69,12 @@ def backward(
         if needs.kernel:
             # Correlation with a signal is convolution with its reversal: the conjugate spectrum. Not the lazy `conj`,
             # whose mark graphs of the compiler lose inside a custom operator.
-            of_kernel = torch.fft.irfft((torch.conj_physical(spectrum) * dz_spectrum).sum(dim=(0, 2)), n=work.n)
+            of_kernel = torch.fft.irfft(sum_of_rows(torch.conj_physical(spectrum).mul_(dz_spectrum)), n=work.n)
             of_h, of_reverse = kernel.split(of_kernel)
         if needs.input:
-            dw = torch.fft.irfft(dz_spectrum * torch.conj_physical(kernel_spectrum), n=work.n)[..., :length].flatten(
-                1, 2
-            )
+            dw = torch.fft.irfft(dz_spectrum.mul_(torch.conj_physical(kernel_spectrum)), n=work.n)[
+                ..., :length
+            ].flatten(1, 2)
             of_u = (dw.contiguous() if pregate is None else dw * pregate).to(u.dtype) if needs.u else None
             of_pregate = (dw * u).to(u.dtype) if needs.pregate else None
     if needs.direct and w is not None:
