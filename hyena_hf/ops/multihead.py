@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .fftconv import causal_fftconv
+from .precision import is_short
 
 
 # Queries up to which the masked matrix product is taken: 4 T D multiplications a token against about 15 P log2(2 L) D.
@@ -43,7 +44,7 @@ def _by_convolutions(q: Tensor, k: Tensor, v: Tensor, h: Tensor, direct: Tensor)
     y = torch.zeros_like(values[..., total - new :])
     for p in range(width):
         z = (values * k[..., p].unsqueeze(2)).reshape(batch, heads * width, total)
-        z = causal_fftconv(z, h, direct, check_finite=False).view(batch, heads, width, total)
+        z = causal_fftconv(z, h, direct, exact=is_short(total), check_finite=False).view(batch, heads, width, total)
         y = y + z[..., total - new :] * q[..., p].unsqueeze(2)
     return y.transpose(-1, -2)
 
