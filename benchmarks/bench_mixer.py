@@ -48,7 +48,7 @@ SMOKE = [(1, 8, 64), (2, 8, 64)]
 KEYS = ["B", "D", "L"]
 PUBLISHED, KEPT, PER_CALL, OURS = "published", "spectrum kept", "spectrum per call", "this package"
 # numbers that are alive at most for each one of B D L, both layouts of the projections included
-LIVE = {False: 20, True: 32}
+LIVE = {False: 28, True: 40}
 
 
 @dataclass(frozen=True)
