@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import library
 
 from hyena_hf.ops import BACKENDS, bidirectional_fftconv, causal_fftconv, engine, filter_spectrum, use_backend
 from hyena_hf.ops.backends import flashfftconv, overlap_save
@@ -106,7 +107,7 @@ def test_torch_finds_no_fault_with_the_operator(given, backend):
     if spectrum is not None:
         h, direct = h.detach(), direct.detach()
     arguments = u, h, reverse, direct, pregate, postgate, spectrum, backend, False
-    torch.library.opcheck(engine.long_conv, arguments)
+    library.opcheck(engine.long_conv, arguments)
 
 
 @pytest.mark.parametrize("needs", [[True] * 6, [True, False, False, False, False, True], [False, True, False] * 2])
@@ -114,7 +115,7 @@ def test_torch_finds_no_fault_with_the_operator(given, backend):
 def test_torch_finds_no_fault_with_the_operator_of_gradients(needs, backend):
     u, h, direct, pregate, postgate = tensors(taps=4)
     arguments = u.clone(), u, h, None, direct, pregate, postgate, None, backend, False, needs
-    torch.library.opcheck(engine.long_conv_backward, arguments)
+    library.opcheck(engine.long_conv_backward, arguments)
 
 
 @pytest.mark.parametrize("sizes", [(2, 4, 2, 33, 33), (1, 4, 4, 8192, 60)], ids=str)

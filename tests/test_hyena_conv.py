@@ -10,6 +10,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
+from torch import library
 
 from hyena_hf.ops import causal_fftconv, filter_spectrum, hyena_conv, short_conv, use_backend
 from tests import oracles
@@ -94,11 +95,11 @@ def test_the_fused_operator_in_float32_is_at_most_twice_as_far_from_float64_as_t
 
 def test_torch_finds_no_fault_with_the_fused_operator():
     inputs = make(2, 4, 9, 3, 9, torch.float32)
-    torch.library.opcheck(torch.ops.hyena_hf.hyena_conv.default, (*inputs, None, True))
+    library.opcheck(torch.ops.hyena_hf.hyena_conv.default, (*inputs, None, True))
     detached = [x.detach() for x in inputs]
     kept, grad = torch.randn(2, 4, 9), torch.randn(2, 4, 9)
     for needs in (True, False):
-        torch.library.opcheck(torch.ops.hyena_hf.hyena_conv_backward.default, (grad, kept, *detached, None, needs))
+        library.opcheck(torch.ops.hyena_hf.hyena_conv_backward.default, (grad, kept, *detached, None, needs))
 
 
 def test_a_compiled_fused_operator_is_one_graph_with_the_same_gradients():

@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .backends import fft, matrix, overlap_save, reference, relaxed
 from .backends.fft import Kernel, Needs, Work, block_floats, fft_length
@@ -322,7 +322,7 @@ def _refuse_second_derivative() -> None:
 
 
 class _LongConv(torch.autograd.Function):
-    """The operator outside compiled graphs: it may keep spectra, and costs half the overhead of a custom one."""
+    """The operator outside compiled graphs: it may keep spectra, and costs less overhead than a custom one."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -342,7 +342,7 @@ class _LongConv(torch.autograd.Function):
         return *found, None, None, None
 
 
-@torch.library.custom_op("hyena_hf::long_conv", mutates_args=())
+@library.custom_op("hyena_hf::long_conv", mutates_args=())
 def long_conv(  # noqa: PLR0913 (an operator of torch takes tensors, no objects)
     u: Tensor,
     h: Tensor,
@@ -363,7 +363,7 @@ def _(u, h, h_reverse, direct, pregate, postgate, spectrum, backend, exact):  # 
     return torch.empty_like(u, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("hyena_hf::long_conv_backward", mutates_args=())
+@library.custom_op("hyena_hf::long_conv_backward", mutates_args=())
 def long_conv_backward(  # noqa: PLR0913
     grad: Tensor,
     u: Tensor,

@@ -186,7 +186,7 @@ def causal_fftconv(
         backend: One of `hyena_hf.ops.engine.BACKENDS`, or None for the fastest that serves.
         exact: Sum float32 convolutions on a CPU in float64 and round once, unless
             `torch.set_float32_matmul_precision("high")` says otherwise. Outputs are then the same bits whatever stands
-            behind them, for about 2.5 times the time.
+            behind them; what it costs a model is in benchmarks/results/batching.md.
         check_finite: Refuse values that are not finite, on CPUs outside compiled graphs; models do not, so that one
             that diverges gives losses that are no numbers, as others do.
 

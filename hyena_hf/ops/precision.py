@@ -13,7 +13,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
 
 
-# Rows up to this length are summed exactly in every model: it costs little there, and a tenth of what order 2 may err.
+# Rows up to this length are summed exactly in models of order 2 too: there they cost little beside the projections.
 _SHORT = 256
 
 

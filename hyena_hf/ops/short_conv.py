@@ -4,7 +4,7 @@
     y[b, c, t] = bias[c] + sum_k weight[c, k] x[b, c, t - (K - 1) + k]
 
 The last tap multiplies the current token, as in `torch.nn.Conv1d` padded on the left. A grouped `conv1d` of that size
-costs several times more (benchmarks/results/short_conv.md). Computed in float32 at least.
+costs several times more (benchmarks/results/fftconv.md). Computed in float32 at least.
 
 B batch, C channels, L length, K taps.
 """

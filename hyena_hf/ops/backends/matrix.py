@@ -150,7 +150,7 @@ def _remembered(needed: int, length: int, keep: float, dtype: torch.dtype, devic
 
 
 # A compiled graph holds the matrices; the compiler warns of caches. All that `torch.compiler.assume_constant_result`
-# does, but that it imports the compiler, which takes two seconds.
+# does, but that it imports the compiler, which is slow.
 _remembered._dynamo_marked_constant = True  # pyright: ignore (the compiler's own mark)
 
 

@@ -32,7 +32,7 @@ class Frames:
     def of(cls, length: int, taps: int) -> "Frames":
         """Frames whose transforms cost least.
 
-        Powers of two, which FFT libraries do a third faster per point than other smooth sizes, of up to 32 filter
+        Powers of two, which FFT libraries do faster per point than other smooth sizes, of up to 32 filter
         lengths; the price of a point grows with the logarithm of the size, and by the cache that it no longer fits.
         """
         smallest = max(_SMALLEST, 1 << (2 * taps - 1).bit_length())
