@@ -29,7 +29,7 @@ else:
     ResolvedInt, ResolvedBool, ResolvedNames, ResolvedDict = int | None, bool | None, list[str] | None, dict | None
 
 LAYER_TYPES = ("hyena", "full_attention", "sliding_attention")
-FILTER_TYPES = ("implicit", "explicit")
+FILTER_TYPES = ("implicit", "explicit", "modal")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 # Keys that transformers itself passes or stores beside the fields of a config.
@@ -102,11 +102,15 @@ class HyenaConfig(PreTrainedConfig):
         layer_types (`list[str]`, *optional*): Mixer of every layer: `"hyena"` (default), `"full_attention"` or
             `"sliding_attention"`.
         filter_types (`list[str]`, *optional*): Filter of every layer, read where the mixer is `"hyena"`:
-            `"implicit"` (default) or `"explicit"`.
+            `"implicit"` (default), `"explicit"` or `"modal"`, the form of distilled models (causal ones only).
         filter_length (`int` or `list[int]`, *optional*): Number of taps (one value, or one a layer). An explicit
             filter has this many parameters a head (None: `max_position_embeddings`); an implicit one is zero from this
             lag on (None: never), a partial convolution. A filter that ends within `max_position_embeddings` never
             extrapolates, however long the input.
+        state_size (`int` or `list[int]`): Real numbers that a modal filter remembers of the past (one value, or one a
+            layer): a complex pole, stored once for its conjugate pair, takes 2 of them, a real one 1.
+        num_poles (`int` or `list[int]`, *optional*): Stored poles of a modal filter (None: half of `state_size`, all
+            complex).
         frequency_sparsity (`float`): Share of every filter's spectrum that is zero, the highest frequencies, at least
             0 and below 1. With K taps (`filter_length`, or `max_position_embeddings` where that is None) the filter is
             the first K taps of `irfft(mask * rfft(taps, 2 * K))` and ends there: causal, and the same for every length
@@ -164,6 +168,8 @@ class HyenaConfig(PreTrainedConfig):
     layer_types: ResolvedNames = None
     filter_types: ResolvedNames = None
     filter_length: int | list[int] | None = None
+    state_size: int | list[int] = 16
+    num_poles: int | list[int] | None = None
     frequency_sparsity: float | int = 0.0
     filter_hidden_size: int = 64
     filter_num_layers: int = 4
@@ -241,8 +247,16 @@ class HyenaConfig(PreTrainedConfig):
         enter_peft_defaults(self.model_type)
         return self._without_foreign(super().to_dict())
 
+    def pole_count(self, layer: int) -> int:
+        """Stored poles of the modal filter of one layer."""
+        count = self.num_poles[layer] if isinstance(self.num_poles, list) else self.num_poles
+        size = self.state_size[layer] if isinstance(self.state_size, list) else self.state_size
+        return -(-size // 2) if count is None else count
+
     def filter_support(self, layer: int) -> int | None:
         """Taps of the filter of one layer; None where it never ends."""
+        if self.filter_types[layer] == "modal":
+            return None
         length = self.filter_length[layer] if isinstance(self.filter_length, list) else self.filter_length
         if length is None and (self.frequency_sparsity or self.filter_types[layer] == "explicit"):
             return self.max_position_embeddings
@@ -272,11 +286,13 @@ class HyenaConfig(PreTrainedConfig):
             for entry in entries:
                 if entry not in allowed:
                     raise ValueError(f"{name} holds {entry!r}; choose each entry from {', '.join(allowed)}")
-        if isinstance(self.filter_length, list) and len(self.filter_length) != self.num_hidden_layers:
-            raise ValueError(
-                f"filter_length has {len(self.filter_length)} entries for num_hidden_layers "
-                f"({self.num_hidden_layers}); give one number, or one a layer"
-            )
+        for name in ("filter_length", "state_size", "num_poles"):
+            entries = getattr(self, name)
+            if isinstance(entries, list) and len(entries) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} has {len(entries)} entries for num_hidden_layers ({self.num_hidden_layers}); give one "
+                    f"number, or one a layer"
+                )
 
     def validate_architecture(self) -> None:
         """Refuse sizes that no model can have."""
@@ -309,8 +325,10 @@ class HyenaConfig(PreTrainedConfig):
             *("order", "num_heads", "filter_hidden_size", "filter_num_layers", "filter_num_bands"),
             *("short_conv_kernel", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
         )
-        lengths = self.filter_length if isinstance(self.filter_length, list) else [self.filter_length]
-        values = [(name, getattr(self, name)) for name in names] + [("filter_length", length) for length in lengths]
+        values = [(name, getattr(self, name)) for name in names]
+        for name in ("filter_length", "state_size", "num_poles"):
+            entries = getattr(self, name)
+            values += [(name, entry) for entry in (entries if isinstance(entries, list) else [entries])]
         for name, value in values:
             if isinstance(value, bool):
                 raise TypeError(f"{name} is {value}; give a whole number")
@@ -348,8 +366,21 @@ class HyenaConfig(PreTrainedConfig):
                 f"num_heads ({self.num_heads}) below hidden_size ({self.hidden_size}) needs a causal model; leave "
                 f"num_heads out or set is_causal=True"
             )
+        if "modal" in self.filter_types and not self.is_causal:
+            raise ValueError("filter_types holds 'modal', a recurrence over the past, but is_causal is False")
+        self._validate_poles()
         if self.use_cache and not self.is_causal:
             raise ValueError("use_cache is True but is_causal False: later tokens change earlier ones; leave it out")
+
+    def _validate_poles(self) -> None:
+        sizes = self.state_size if isinstance(self.state_size, list) else [self.state_size] * self.num_hidden_layers
+        for layer, size in enumerate(sizes):
+            count = self.pole_count(layer)
+            if self.filter_types[layer] == "modal" and count > size:
+                raise ValueError(
+                    f"num_poles ({count}) exceeds state_size ({size}) in layer {layer}: a complex pole takes 2 "
+                    f"numbers of the state, a real one 1; raise state_size, or leave num_poles out"
+                )
 
     def _validate_sparsity(self) -> None:
         endless = self.beyond_trained_length == "extrapolate" and not self.trainable_positional_features

@@ -8,7 +8,8 @@ lag n and trained length M, theta_{n,b} = 2 pi n f_b / M and f_b = linspace(1e-4
     h_n = MLP(z_n) * (exp(-t_n |decay|) + shift)                       sine MLP and exponential modulation
 
 so it does not depend on the length of the input: a shorter input uses a prefix. An explicit filter is its own taps.
-Either may have its high frequencies removed, see `without_high_frequencies`.
+Either may have its high frequencies removed, see `without_high_frequencies`. A modal filter is a sum of decaying
+exponentials, see `hyena_hf.ops.modal`: the form of distilled models, which generate in constant memory.
 A bidirectional model has as many filters again over later tokens, `forward(length, reverse=True)`.
 
 Filters stay in float32 when a model is moved to a half-precision dtype (float64 follows `double()`): rounding a tap to
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_hyena import HyenaConfig
+from .ops.modal import MAX_LOG_RADIUS, PI, ModalSystem, impulse_response, modal_system
 from .ops.precision import without_autocast
 
 
@@ -427,6 +429,73 @@ class ExplicitFilter(LongFilter):
         return weight[..., :length]
 
 
-FILTERS: dict[str, type[LongFilter]] = {"implicit": ImplicitFilter, "explicit": ExplicitFilter}
+class ModalFilter(LongFilter):
+    """Filters that are sums of decaying exponentials: poles and residues are parameters, see `hyena_hf.ops.modal`.
 
-__all__ = ["AtLeastFloat32", "ExplicitFilter", "ImplicitFilter", "LongFilter"]
+    Such a filter never ends, whatever `filter_length` and `frequency_sparsity` say of the others.
+
+    Args:
+        config: The model's config; `state_size` and `num_poles` give the number of poles.
+        layer_idx: Layer that the filter belongs to.
+
+    Attributes:
+        log_radius, angle: Of the poles, (order - 1, num_heads, N); `hyena_hf.ops.modal.NO_POLE` marks unused slots.
+        residue_re, residue_im: (order - 1, num_heads, N).
+        direct: Tap at lag 0, (order - 1, num_heads).
+    """
+
+    def __init__(self, config: HyenaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.max_length = config.max_position_embeddings if config.beyond_trained_length == "refuse" else None
+        self.trained_length = config.max_position_embeddings
+        shape = config.order - 1, config.num_filters, config.pole_count(layer_idx)
+        dtype = _filter_dtype()
+        log_radius, angle = self.initial_poles(shape)
+        self.log_radius, self.angle = nn.Parameter(log_radius.to(dtype)), nn.Parameter(angle.to(dtype))
+        self.residue_re = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        self.residue_im = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        self.direct = nn.Parameter(torch.zeros(shape[:2], dtype=dtype))
+
+    def initial_poles(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Log-radii and angles of a filter that is trained from scratch, float64.
+
+        Time constants run from 4 to the trained length over the heads, in equal ratios; angles of a head from half a
+        step above 0 to half a step below pi, in equal steps (as S4D-Lin, Gu et al. 2022, arXiv 2206.11893).
+        """
+        heads, poles = shape[1:]
+        exponent = torch.linspace(0, 1, heads, dtype=torch.float64).unsqueeze(-1)
+        constants = 4 * (max(self.trained_length, 8) / 4) ** exponent
+        angles = math.pi * (torch.arange(poles, dtype=torch.float64) + 0.5) / max(poles, 1)
+        return (-1 / constants).expand(shape), angles.expand(shape)
+
+    def taps(self, length: int, reverse: bool) -> Tensor:  # noqa: ARG002 (`forward` has refused)
+        """The impulse response."""
+        log_radius, angle, re, im = (x.flatten(0, 1) for x in self._parts())
+        h = impulse_response(log_radius, angle, re, im, self.direct.flatten(), length)
+        return h.view(*self.direct.shape, length)
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.log_radius, self.angle, self.residue_re, self.residue_im
+
+    def system(self, index: int) -> ModalSystem:
+        """The recurrence of convolution `index`, without its tap at lag 0."""
+        log_radius, angle, re, im = (x[index].detach() for x in self._parts())
+        return modal_system(log_radius, angle, re, im)
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Move poles that training has pushed out of the open unit disc back to its edge; angles into [0, pi].
+
+        The residue turns with its pole, so that the taps stay.
+        """
+        self.log_radius.clamp_(max=MAX_LOG_RADIUS)
+        turn = torch.remainder(self.angle, 2 * math.pi)
+        below = turn > PI
+        inside = (self.angle >= 0) & (self.angle <= PI)
+        self.residue_im.mul_(torch.where(below & ~inside, -1.0, 1.0))
+        self.angle.copy_(torch.where(inside, self.angle, torch.where(below, 2 * math.pi - turn, turn)))
+
+
+FILTERS: dict[str, type[LongFilter]] = {"implicit": ImplicitFilter, "explicit": ExplicitFilter, "modal": ModalFilter}
+
+__all__ = ["AtLeastFloat32", "ExplicitFilter", "ImplicitFilter", "LongFilter", "ModalFilter"]

@@ -30,7 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache import FrozenTaps, HyenaCacheLayer, adopt_cache, in_turn
 from .configuration_hyena import HyenaConfig
-from .filters import FILTERS, ExplicitFilter, FilterLinear, ImplicitFilter, decay_rates
+from .filters import FILTERS, ExplicitFilter, FilterLinear, ImplicitFilter, ModalFilter, decay_rates
 from .mixers import HyenaAttention, HyenaMixer, RotaryEmbedding
 from .mixers.attention import AttentionWeights, rotary_frequencies
 from .mixers.hyena import ShortConv
@@ -162,6 +162,9 @@ class HyenaPreTrainedModel(PreTrainedModel):
         | mixer.filter.frequency | sine_frequency | no | filter |
         | mixer.filter.features (where trained) | formula in filters.py | no | filter |
         | mixer.filter.weight, .reverse_weight (explicit) | U(-1/sqrt(K), 1/sqrt(K)) | no | filter |
+        | mixer.filter.log_radius, .angle (modal) | `ModalFilter.initial_poles` | no | filter |
+        | mixer.filter.residue_re, .residue_im (modal) | N(0, -log_radius / N) | no | filter |
+        | mixer.filter.direct (modal) | 0 | no | filter |
         | mixer.filter.decay_rates (buffer) | formula in filters.py | | |
 
         As in the published code (safari, `long_conv_lm.py`): its language-model init also redraws the filter's MLP.
@@ -201,6 +204,18 @@ class HyenaPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
             if module.reverse_weight is not None:
                 init.uniform_(module.reverse_weight, -bound, bound)
+        elif isinstance(module, ModalFilter):
+            self._init_modal(module)
+
+    @staticmethod
+    def _init_modal(module: ModalFilter) -> None:
+        log_radius, angle = module.initial_poles(module.log_radius.shape)
+        std = (-log_radius / log_radius.shape[-1]).sqrt()
+        init.copy_(module.log_radius, log_radius.to(module.log_radius))
+        init.copy_(module.angle, angle.to(module.angle))
+        for parameter in (module.residue_re, module.residue_im):
+            init.copy_(parameter, (torch.randn_like(std) * std).to(parameter))
+        init.zeros_(module.direct)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:  # noqa: ARG002 (its signature)
         # In models from outside, transformers skips modules without parameters of their own, such as our blocks, for

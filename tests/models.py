@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from hyena_hf import HyenaConfig, HyenaForCausalLM
+from hyena_hf.ops.modal import NO_POLE, PI
 
 
 HYENA, FULL, SLIDING = "hyena", "full_attention", "sliding_attention"
@@ -30,6 +31,9 @@ MODELS = {
     "order 3": {"order": 3},
     "heads": {"num_heads": 8},
     "hybrid": {"layer_types": [HYENA, FULL, HYENA]},
+    "modal": {"filter_types": ["modal"] * 3, "state_size": 8},
+    "modal order 3": {"filter_types": ["modal", "implicit", "modal"], "order": 3, "state_size": [4, 1, 7]},
+    "modal heads": {"filter_types": ["modal"] * 3, "num_heads": 8, "state_size": 6, "num_poles": 4},
     "sliding": {
         "layer_types": [SLIDING, HYENA, FULL],
         "sliding_window": 6,
@@ -77,11 +81,25 @@ def new_model(
                 parameter.normal_(0, 0.5)
             elif key.partition("filter.")[2].startswith(("output", "weight", "reverse_output", "reverse_weight")):
                 parameter.normal_(0, 0.4)
+            elif key.partition("filter.")[2].startswith(("residue", "direct")):
+                parameter.normal_(0, 0.2)
+            elif key.endswith(("log_radius", "angle")):
+                _mix_poles(key, parameter)
             elif key.partition("filter.")[2].startswith(("layers", "reverse_layers")):
                 parameter.normal_(0, 0.05)
             elif ".skip" not in key and "filter.frequency" not in key and "filter.features" not in key:
                 parameter.normal_(0, 0.15)
     return model.to(dtype)
+
+
+def _mix_poles(key: str, parameter: torch.Tensor) -> None:
+    """Real poles of both signs and an unused slot among the complex ones, differently in each filter."""
+    for index, row in enumerate(parameter.flatten(0, 1)):
+        if "angle" in key:
+            row[: index % 3] = 0.0
+            row[-1:] = PI if index % 4 == 1 else row[-1:]
+        elif index % 5 == 3:
+            row[-1] = NO_POLE
 
 
 @cache

@@ -77,6 +77,8 @@ EFFECTS = {
     "layer_types": (shapes, None, [HYENA, FULL, HYENA]),
     "filter_types": (shapes, None, ["implicit", "explicit", "implicit"]),
     "filter_length": (logits, None, [7, 8, 9]),
+    "state_size": (shapes, 8, [3, 4, 5], {"filter_types": ["modal"] * 3}),
+    "num_poles": (shapes, None, 5, {"filter_types": ["modal"] * 3}),
     "frequency_sparsity": (logits, 0.0, 0.5, {"filter_length": 300}),
     "filter_hidden_size": (shapes, 16, 8),
     "filter_num_layers": (shapes, 4, 2),

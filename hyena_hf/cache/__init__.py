@@ -18,6 +18,7 @@ B batch, C channels of an operator, T committed columns, n new columns.
 
 from .history import AttentionHistory, ExactHistory, HeadHistory, History, NoMemory, Window
 from .layer import HyenaCacheLayer, adopt_cache, in_turn
+from .modal import HeadModalState, ModalState
 from .taps import FrozenTaps, Taps
 
 
@@ -26,8 +27,10 @@ __all__ = [
     "ExactHistory",
     "FrozenTaps",
     "HeadHistory",
+    "HeadModalState",
     "History",
     "HyenaCacheLayer",
+    "ModalState",
     "NoMemory",
     "Taps",
     "Window",

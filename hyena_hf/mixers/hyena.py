@@ -18,9 +18,19 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hyena_hf.cache import ExactHistory, FrozenTaps, HeadHistory, History, HyenaCacheLayer, NoMemory, Window
+from hyena_hf.cache import (
+    ExactHistory,
+    FrozenTaps,
+    HeadHistory,
+    HeadModalState,
+    History,
+    HyenaCacheLayer,
+    ModalState,
+    NoMemory,
+    Window,
+)
 from hyena_hf.configuration_hyena import HyenaConfig
-from hyena_hf.filters import FILTERS, LongFilter, ReverseFilter
+from hyena_hf.filters import FILTERS, LongFilter, ModalFilter, ReverseFilter
 from hyena_hf.ops import Segments, bidirectional_fftconv, hyena_conv, over_rows
 from hyena_hf.ops.engine import one_pass_serves
 from hyena_hf.ops.precision import is_short, transform_dtype, without_autocast
@@ -109,12 +119,19 @@ class HyenaMixer(nn.Module):
         """
         fixed = length is not None
         window = Window(self.short_conv.weight.shape[1] - 1, fixed=fixed)
+        if isinstance(self.filter, ModalFilter):
+            return [window, *self._modal_states(fixed)]
         if self.num_heads < self.width:
             return [window, HeadHistory(length, fixed=fixed, capacity=expected, queries=self.width)]
         support = None if fixed else self.filter.support
         limit = length if support is None else support - 1
         long = [ExactHistory(limit, fixed=fixed, capacity=expected, exact=self.exact) for _ in range(self.order - 1)]
         return [window, *long]
+
+    def _modal_states(self, fixed: bool) -> list[History]:
+        if self.num_heads < self.width:
+            return [HeadModalState(self.num_heads, fixed=fixed, queries=self.width)]
+        return [ModalState(fixed=fixed, exact=self.exact) for _ in range(self.order - 1)]
 
     def forward(
         self, hidden_states: Tensor, segments: Segments | None = None, cache_layer: HyenaCacheLayer | None = None, **_

@@ -29,8 +29,11 @@ import torch
 from torch import Tensor
 
 
-# Log-radius of a slot without a pole: its exponential is exactly 0 in float64, and unlike -inf it can be averaged.
+# Log-radius of a slot without a pole, whatever its residue. Unlike -inf it can be averaged.
 NO_POLE = -1e4
+
+# A pole of this modulus takes a million steps to fall to 1 / e, and rounding cannot take it out of the unit disc.
+MAX_LOG_RADIUS = -1e-6
 
 # The float32 nearest to pi: the angle of a negative real pole.
 PI = 3.1415927410125732
@@ -76,6 +79,11 @@ def _powers(re: Tensor, im: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
     return size * torch.cos(angle * exponents), size * torch.sin(angle * exponents)
 
 
+def _residues(residue: Tensor, log_radius: Tensor) -> Tensor:
+    """In float64, 0 for unused slots: pole 0 would be a tap at lag 1."""
+    return torch.where(log_radius > NO_POLE, residue, 0).to(_exact(residue.device))
+
+
 def impulse_response(
     log_radius: Tensor, angle: Tensor, residue_re: Tensor, residue_im: Tensor, direct: Tensor, length: int
 ) -> Tensor:
@@ -94,7 +102,7 @@ def impulse_response(
     """
     re, im = (part.unsqueeze(-1) for part in pole_parts(log_radius, angle))
     dtype, device = re.dtype, re.device
-    r, i = residue_re.to(dtype).unsqueeze(-1), residue_im.to(dtype).unsqueeze(-1)
+    r, i = (_residues(x, log_radius).unsqueeze(-1) for x in (residue_re, residue_im))
     fine = torch.cat(_powers(re, im, torch.arange(_BLOCK, device=device, dtype=dtype)), dim=1)  # (H, 2 N, 256)
     rows = (length + _BLOCK - 1) // _BLOCK
     at_once = rows
@@ -161,8 +169,8 @@ def modal_system(log_radius: Tensor, angle: Tensor, residue_re: Tensor, residue_
     The state has as many numbers as the filter with most states needs, rounded up to an even count.
     """
     re, im = pole_parts(log_radius, angle)
-    r, i = residue_re.to(re.dtype), residue_im.to(re.dtype)
-    used = (log_radius > NO_POLE / 2) & ((r != 0) | (i != 0))
+    r, i = _residues(residue_re, log_radius), _residues(residue_im, log_radius)
+    used = (r != 0) | (i != 0)
     is_complex, is_real = used & (im != 0), used & (im == 0)
     pairs = is_complex.sum(dim=1, keepdim=True)
     half = max(1, -(-int((2 * pairs + is_real.sum(dim=1, keepdim=True)).max()) // 2))
@@ -180,7 +188,8 @@ def modal_system(log_radius: Tensor, angle: Tensor, residue_re: Tensor, residue_
         packed[:, rows, where[chosen]] = torch.stack(values)[:, chosen]
     sign = re.new_ones(2 * half, 1)
     sign[:half] = -1
-    return ModalSystem(*packed.mT.contiguous(), sign)
+    re, im, readout = packed.mT.contiguous()
+    return ModalSystem(re, im, readout, sign)
 
 
 class ModalStep(NamedTuple):
@@ -281,6 +290,7 @@ def advance(state: Tensor | None, w: Tensor, system: ModalSystem) -> Tensor:
 
 
 __all__ = [
+    "MAX_LOG_RADIUS",
     "NO_POLE",
     "PI",
     "ModalStep",

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The past of a modal filter in constant memory; formulas in `hyena_hf.ops.modal`."""
+
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from hyena_hf.ops import causal_fftconv, multihead_conv
+from hyena_hf.ops.modal import (
+    ModalStep,
+    ModalSystem,
+    advance,
+    advance_one,
+    decayed,
+    modal_response,
+    modal_step,
+    read_out,
+)
+from hyena_hf.ops.precision import is_short
+
+from .history import History, shift_right
+from .taps import Evaluable, Taps
+
+
+# Columns of outer products that exist at once.
+_BLOCK = 256
+
+
+class Modal(Protocol):
+    """What a state asks of a filter, see `hyena_hf.filters.ModalFilter`."""
+
+    direct: Tensor  # (order - 1, H)
+
+    def system(self, index: int) -> ModalSystem:
+        """The recurrence of one convolution."""
+        ...
+
+
+class ModalState(History):
+    """d numbers a channel instead of all inputs of a modal filter: a token takes constant time and memory.
+
+    The state is the `buffer` (B, d, C); `used` counts nothing. There is no difference between static and growing
+    caches, but that steps of a static one are written in place.
+
+    Args:
+        fixed: Write in place, so that a compiled step finds its state where it was.
+        exact: As in `causal_fftconv`.
+        queries: As in `History`.
+    """
+
+    def __init__(self, *, fixed: bool = False, exact: bool = False, queries: int = 0) -> None:
+        super().__init__(None, fixed=fixed, queries=queries)
+        self.exact = exact
+        self.system: ModalSystem | None = None  # of the filter, once for all calls
+        self.step: ModalStep | None = None
+        self.direct: Tensor | None = None  # (C,): the filter's tap at lag 0
+
+    def _state(self, w: Tensor, channels: int) -> Tensor | None:
+        """The state (B, d, C), after checking that it is of the same batch and dtype; None before the first commit."""
+        state = self.buffer
+        if state is not None and (state.dtype != w.dtype or (len(state), state.shape[2]) != (len(w), channels)):
+            raise ValueError(
+                f"the cache holds states of {len(state)} rows and {state.shape[2]} channels of {state.dtype}, but the "
+                f"model gives {len(w)} rows and {channels} channels of {w.dtype}; start with an empty cache after "
+                f"changing the model's dtype"
+            )
+        return state
+
+    def _prepare(self, long_filter: Evaluable, index: int, channels: int, w: Tensor) -> tuple[ModalSystem, ModalStep]:
+        if self.system is None or self.step is None:
+            modal = cast("Modal", long_filter)
+            with torch.no_grad():
+                self.system = modal.system(index)
+                self.step = modal_step(self.system, channels, w.dtype)
+                direct = modal.direct[index].to(w.dtype)
+            self.direct = direct.repeat_interleave(channels // len(direct))
+        return self.system, self.step
+
+    def respond(self, w: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor:
+        """Convolution of everything up to each new input; arguments as in `ExactHistory.respond`."""
+        channels, new = w.shape[1:]
+        system, step = self._prepare(long_filter, index, channels, w)
+        state = self._state(w, channels)
+        if new == 1 and state is not None:
+            assert self.direct is not None  # noqa: S101 (set by `_prepare`)
+            at_once = self.direct + direct.to(w.dtype).repeat_interleave(channels // len(direct))
+            return torch.addcmul(read_out(state, step), w[..., 0], at_once).unsqueeze(-1)
+        h = taps.rising(long_filter, index, new)
+        y = causal_fftconv(w, h, direct.to(h.dtype), exact=self.exact or is_short(new), check_finite=False)
+        return y if state is None else y + modal_response(state, new, system)
+
+    def commit(self, w: Tensor, counts: Tensor | None) -> None:
+        """Fold inputs w (B, C, n) into the state; of row b only the first counts[b] (None: all)."""
+        assert self.system is not None and self.step is not None  # noqa: S101, PT018 (`respond` came first)
+        state = self.buffer
+        if counts is None and w.shape[-1] == 1 and state is not None:
+            following = advance_one(state, w[..., 0], self.step)
+        elif counts is None:
+            following = advance(state, w, self.system)
+        else:
+            following = advance(None, shift_right(w, w.shape[-1] - counts), self.system)
+            if state is not None:
+                following = decayed(state, counts, self.system) + following
+        self._replace(following)
+
+    def _replace(self, following: Tensor) -> None:
+        if self.fixed and self.buffer is not None:
+            self.buffer.copy_(following)
+        else:
+            self.buffer = following
+
+
+class HeadModalState(ModalState):
+    """The same for MultiHyena heads: d numbers for each product of a key and a value, d D P in all."""
+
+    def __init__(self, heads: int, *, fixed: bool = False, queries: int = 0) -> None:
+        super().__init__(fixed=fixed, queries=queries)
+        self.heads = heads
+
+    def _products(self, kv: Tensor) -> Tensor:
+        """Outer products of keys and values (B, 2 D, n) in each head, (B, D P, n)."""
+        batch, _, new = kv.shape
+        k, v = (x.reshape(batch, self.heads, -1, new) for x in kv.chunk(2, dim=1))
+        return (k.unsqueeze(3) * v.unsqueeze(2)).flatten(1, 3)
+
+    def _ask(self, q: Tensor, z: Tensor) -> Tensor:
+        """Queries (B, D, n) contracted with matrices (B, D P, n): (B, D, n)."""
+        batch, width, new = q.shape
+        q = q.reshape(batch, self.heads, -1, 1, new)
+        return (q * z.view(batch, self.heads, q.shape[2], -1, new)).sum(dim=2).view(batch, width, new)
+
+    def respond(self, w: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor:
+        """MultiHyena convolution; w holds queries, keys and values (B, 3 D, n), the rest as in `HeadHistory`."""
+        q, kv = w[:, : self.queries], w[:, self.queries :]
+        channels = self.queries * (self.queries // self.heads)
+        system, step = self._prepare(long_filter, index, channels, w)
+        state = self._state(w, channels)
+        if w.shape[-1] == 1 and state is not None:
+            assert self.direct is not None  # noqa: S101 (set by `_prepare`)
+            at_once = self.direct + direct.to(w.dtype).repeat_interleave(channels // len(direct))
+            z = torch.addcmul(read_out(state, step), self._products(kv)[..., 0], at_once)
+            return self._ask(q, z.unsqueeze(-1))
+        k, v = kv.chunk(2, dim=1)
+        y = multihead_conv(q, k, v, taps.rising(long_filter, index, w.shape[-1]), direct)
+        if state is None:
+            return y
+        pieces = []
+        for part in q.split(_BLOCK, dim=-1):
+            pieces.append(self._ask(part, modal_response(state, part.shape[-1], system)))
+            state = decayed(state, torch.tensor([part.shape[-1]], device=w.device), system)
+        return y + torch.cat(pieces, dim=-1)
+
+    def commit(self, w: Tensor, counts: Tensor | None) -> None:
+        """Fold keys and values into the state, a block of outer products after the other."""
+        if counts is not None:
+            # nothing comes before a row's tokens: its keys and values are moved, its products are zero there
+            shifted = shift_right(w[:, self.queries :], w.shape[-1] - counts)
+            following = self._folded(None, shifted)
+            if self.buffer is not None:
+                assert self.system is not None  # noqa: S101 (`respond` came first)
+                following = decayed(self.buffer, counts, self.system) + following
+            self._replace(following)
+        elif w.shape[-1] == 1 and self.buffer is not None:
+            super().commit(self._products(w[:, self.queries :]), None)
+        else:
+            self._replace(self._folded(self.buffer, w[:, self.queries :]))
+
+    def _folded(self, state: Tensor | None, kv: Tensor) -> Tensor:
+        assert self.system is not None  # noqa: S101 (`respond` came first)
+        for part in kv.split(_BLOCK, dim=-1):
+            state = advance(state, self._products(part), self.system)
+        assert state is not None  # noqa: S101 (there is at least one input)
+        return state
+
+
+__all__ = ["HeadModalState", "ModalState"]
