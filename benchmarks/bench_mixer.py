@@ -5,9 +5,10 @@
 
 CPU time of one thread, in shuffled rounds; every ratio is the time of the published operator over that of this package
 within one round. The published operator starts from projections (B, L, 3 D), as its linear layer leaves them; ours
-from (B, 3 D, L), as the transposed product in front of it leaves them. Gradients come in from behind as (B, L, D) in
-memory, which is what the second projection gives to both. Both are given taps; the published operator transforms them
-in every call, for it keeps nothing.
+from (B, 3 D, L), as the transposed product in front of it leaves them. Gradients come in from behind as the second
+projection of each side delivers them: (B, L, D) in memory from the published linear layer, (B, D, L) from ours, whose
+backward forms it in rows. Both are given taps; the published operator transforms them in every call, for it keeps
+nothing.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def compare_cores(settings: Settings, cell: Cell, train: bool) -> Comparison:
     theirs, own = [parts.p, parts.k, parts.skip, *weights], [p, h, parts.skip, *weights]
     cases = {
         PUBLISHED: with_gradients(parts.published, theirs, grad),
-        OURS: with_gradients(lambda: ours(p, parts.short, h, parts.skip), own, grad.transpose(1, 2)),
+        OURS: with_gradients(lambda: ours(p, parts.short, h, parts.skip), own, grad.transpose(1, 2).contiguous()),
     }
     return settings.compare(cases)
 

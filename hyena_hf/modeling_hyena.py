@@ -35,6 +35,7 @@ from .mixers import HyenaAttention, HyenaMixer, RotaryEmbedding
 from .mixers.attention import AttentionWeights, rotary_frequencies
 from .mixers.hyena import ShortConv
 from .ops import Segments
+from .ops.engine import is_traced
 from .ops.segments import build_segments, check_positions, document_starts, number_documents, segments_from_ends
 
 
@@ -70,7 +71,13 @@ def make_norm(config: HyenaConfig) -> nn.LayerNorm | HyenaRMSNorm:
 
 
 class HyenaMLP(nn.Module):
-    """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated."""
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated.
+
+    Without gradients a CPU takes the tokens in tiles: nobody needs the inner activations of a whole long input, and
+    fresh memory for them costs a system more than an activation function.
+    """
+
+    _TILE = 1024  # tokens
 
     def __init__(self, config: HyenaConfig) -> None:
         super().__init__()
@@ -81,6 +88,14 @@ class HyenaMLP(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_traced() or torch.is_grad_enabled() or x.device.type != "cpu":
+            return self._apply_to(x)
+        tiles = x.flatten(0, -2).split(self._TILE)
+        if len(tiles) == 1:
+            return self._apply_to(x)
+        return torch.cat([self._apply_to(tile) for tile in tiles]).unflatten(0, x.shape[:-1])
+
+    def _apply_to(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)
         inner = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x)) * up
         return self.down_proj(inner)

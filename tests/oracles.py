@@ -192,6 +192,18 @@ def implicit_filter(
     return h.T
 
 
+def modal_filter(poles: Array, residues: Array, direct: Array, length: int) -> Array:
+    """Taps (..., length) of h_0 = direct, h_t = Re sum_n residues_n poles_n^(t - 1): poles, residues (..., N).
+
+    Massaroli et al. 2023, arXiv 2310.18780, section 3. Powers by repeated multiplication.
+    """
+    power, taps = np.ones_like(poles), [direct]
+    for _ in range(length - 1):
+        taps.append((residues * power).sum(-1).real)
+        power = power * poles
+    return np.stack(taps, axis=-1)
+
+
 def unpack_channels(packed: Array, order: int, channel_major: bool = False) -> Array:
     """Packed filter channels (D (N - 1), ...) as (N - 1, D, ...).
 

@@ -264,8 +264,11 @@ def test_frames_cover_the_input_with_few_idle_points(length, taps):
     assert frames.count * frames.size <= 1.3 * length + frames.size
 
 
+@pytest.mark.parametrize("row_by_row", [False, True])
 @pytest.mark.parametrize("length", [8192, 10_007])
-def test_partial_convolutions_and_their_gradients_in_frames_equal_float64(length):
+def test_partial_convolutions_and_their_gradients_in_frames_equal_float64(length, row_by_row, monkeypatch):
+    if row_by_row:
+        monkeypatch.setattr(engine, "block_floats", lambda n: n)
     inputs = tensors(2, 4, 2, length, 100)
     assert engine._fastest(engine.Conv(inputs[0], inputs[1], None, *inputs[2:], exact=False)) == "overlap_save"
     wide = [x.double().requires_grad_() for x in inputs]

@@ -70,6 +70,17 @@ def test_the_fused_operator_passes_gradcheck(sizes):
     assert torch.autograd.gradcheck(hyena_conv, tuple(make(*sizes)))
 
 
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("layout", ["transposed", "expanded"])
+def test_gradients_come_in_any_layout(layout):
+    inputs = make(2, 5, 70, 3, 70)
+    y = hyena_conv(*inputs)
+    grad = torch.randn(2, 70, 5).double().mT if layout == "transposed" else torch.ones((), dtype=y.dtype).expand_as(y)
+    found = torch.autograd.grad(y, inputs, grad, retain_graph=True)
+    for a, b in zip(found, torch.autograd.grad(y, inputs, grad.contiguous()), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("sizes", SIZES[4:], ids=str)
 def test_the_fused_operator_in_float32_is_at_most_twice_as_far_from_float64_as_the_separate_ones(sizes):
     def separate(p, weight, bias, h, direct):

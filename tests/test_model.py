@@ -13,9 +13,10 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from hyena_hf import HyenaForCausalLM, HyenaModel
-from hyena_hf.filters import ImplicitFilter, positional_features
+from hyena_hf.filters import ExplicitFilter, ModalFilter, positional_features
 from hyena_hf.mixers import HyenaMixer
-from hyena_hf.modeling_hyena import make_norm
+from hyena_hf.modeling_hyena import HyenaMLP, make_norm
+from hyena_hf.ops.modal import NO_POLE
 from tests import oracles
 from tests.models import COMBINATIONS, HYENA, SHAPE, config_of, model_of, new_model, tokens
 
@@ -36,8 +37,10 @@ def norm(module):
 
 def filter_taps(config, long_filter, length):
     """Taps (N - 1, H, length) from the parameters of a filter, by the oracle."""
-    if not isinstance(long_filter, ImplicitFilter):
+    if isinstance(long_filter, ExplicitFilter):
         return long_filter.weight.numpy()
+    if isinstance(long_filter, ModalFilter):
+        return modal_taps(long_filter, length)
     trained = config.max_position_embeddings
     # our own table, one float32 rounding away from the oracle's: a test below compares the two
     features = positional_features(length, trained, config.filter_num_bands).numpy()
@@ -54,6 +57,19 @@ def filter_taps(config, long_filter, length):
     if config.filter_length is not None:
         h = h[:, : config.filter_length]
     return oracles.unpack_channels(h, config.order)
+
+
+def modal_taps(modal, length):
+    """Of the canonical poles: parts rounded to float32, an angle of 0 or pi real, slots without a pole left out."""
+    log_radius, angle, re, im, direct = (
+        x.numpy().astype(np.float64)
+        for x in (modal.log_radius, modal.angle, modal.residue_re, modal.residue_im, modal.direct)
+    )
+    radius, real = np.exp(log_radius), np.abs(angle) >= np.pi
+    poles = radius * np.where(real, -1, np.cos(angle)) + 1j * radius * np.where(real, 0, np.sin(angle))
+    poles = poles.real.astype(np.float32) + 1j * poles.imag.astype(np.float32).astype(np.float64)
+    residues = np.where(log_radius > NO_POLE, re + 1j * im, 0)
+    return oracles.modal_filter(poles, residues, direct, length)
 
 
 def rotary(model, length):
@@ -570,3 +586,18 @@ def test_lora_trains_and_merges():
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
     before = model.eval()(ids).logits
     torch.testing.assert_close(model.merge_and_unload()(ids).logits, before, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_mlp_in_tiles_of_tokens_equals_the_mlp_at_once(monkeypatch, gated):
+    mlp = HyenaMLP(config_of("order 2", gated_mlp=gated)).double()
+    x = torch.randn(3, 11, mlp.up_proj.in_features, dtype=torch.float64)
+    whole = mlp(x).detach()
+    calls = []
+    mlp.up_proj.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+    monkeypatch.setattr(HyenaMLP, "_TILE", 8)
+    with torch.no_grad():
+        tiled = mlp(x.transpose(0, 1).contiguous().transpose(0, 1))
+    assert calls == [8, 8, 8, 8, 1]
+    assert tiled.shape == whole.shape
+    assert (tiled - whole).abs().max() <= 1e-15 * whole.abs().max()

@@ -67,13 +67,23 @@ def use_backend(name: str) -> Iterator[None]:
         del _requested[next(i for i, other in enumerate(_requested) if other is entry)]
 
 
+def is_traced() -> bool:
+    """Whether this call is recorded into a graph, by the compiler, an exporter or TorchScript."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore (torch forgot to export it)
+
+
+def _in_onnx_export() -> bool:
+    # torch's own function costs more than all else that an eager call asks about
+    return is_traced() and torch.onnx.is_in_onnx_export()
+
+
 def requested_backend(function: str, name: str | None, u: Tensor) -> str | None:
     """The backend that was asked for, by argument or by `use_backend`, or must be taken; None where it is free."""
     if name is None and _requested:
         name = _requested[-1][0]
     if name is None:
         # only `matrix` consists of operations that other runtimes know
-        return "matrix" if torch.onnx.is_in_onnx_export() or u.device.type == "mps" else None
+        return "matrix" if _in_onnx_export() or u.device.type == "mps" else None
     if name not in BACKENDS:
         raise ValueError(f"{function} has no backend {name!r}; choose one of {', '.join(BACKENDS)} or leave it out")
     return name
@@ -193,7 +203,7 @@ def _note(backend: str, u: tuple[int, ...], h: tuple[int, ...], dtype: torch.dty
 
 def takes_spectra(device: torch.device, length: int, support: int | None) -> bool:
     """Whether filters that end at `support` should be transformed once for inputs of a length: frames do without."""
-    if isinstance(length, torch.SymInt) or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+    if isinstance(length, torch.SymInt) or torch.compiler.is_compiling() or _in_onnx_export():
         return False
     if device.type == "mps" or (_requested and _requested[-1][0] not in _BY_FFT):
         return False
@@ -212,11 +222,7 @@ def one_pass_serves(dtype: torch.dtype, device: torch.device, length: int, suppo
     """Whether `hyena_conv` is the fastest way for rows of that length and a filter that ends at `support`."""
     if _requested and _requested[-1][0] not in _BY_FFT:
         return False
-    if (
-        device.type != "cpu"
-        or torch.onnx.is_in_onnx_export()
-        or torch.promote_types(dtype, torch.float32) == torch.float64
-    ):
+    if device.type != "cpu" or _in_onnx_export() or torch.promote_types(dtype, torch.float32) == torch.float64:
         return False
     if support is None:
         return True
@@ -413,6 +419,7 @@ __all__ = [
     "Conv",
     "choose",
     "convolve",
+    "is_traced",
     "one_pass_serves",
     "refusal",
     "requested_backend",

@@ -42,16 +42,9 @@ def _streams(x: Tensor) -> Tensor:
     return x.unflatten(0, (3, -1))
 
 
-class _Taps:
-    """The short convolution of a block of channels, weight (3, D, K) and bias (3, D) or None."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self.bias = _streams(weight), None if bias is None else _streams(bias)
-
-    def into(self, out: Tensor, x: Tensor, stream: int, part: slice) -> Tensor:
-        """Set out to the short convolution of x (m, L)."""
-        add_taps(out, x, self.weight[stream, part], None if self.bias is None else self.bias[stream, part])
-        return out
+def _in_rows(x: Tensor) -> Tensor:
+    """Channels (m, L) with time contiguous; a dense copy first, since torch transposes nothing else tile by tile."""
+    return x if x.stride(-1) == 1 else x.t().contiguous().t().contiguous()
 
 
 def _rows(channels: int, work: Work) -> int:
@@ -69,7 +62,8 @@ def _compute(
 ) -> tuple[Tensor, Tensor]:
     """Output y and what backward wants again, h conv w + direct * w, or an empty tensor."""
     batch, length, channels = p.shape[0], p.shape[-1], h.shape[0]
-    work, kernel, taps = _work(p, h.shape[1], spectrum), _kernel(p, h, direct, spectrum), _Taps(weight, bias)
+    work, kernel = _work(p, h.shape[1], spectrum), _kernel(p, h, direct, spectrum)
+    taps, shift = _streams(weight), None if bias is None else _streams(bias)
     y = p.new_empty(batch, channels, length)
     kept = torch.empty_like(y) if keep else p.new_empty(0)
     rows = _rows(channels, work)
@@ -77,14 +71,15 @@ def _compute(
     for start in range(0, channels, rows):
         part = slice(start, min(start + rows, channels))
         room, gate = buffer[: part.stop - start], spare[: part.stop - start]
+        short = [(taps[i, part], None if shift is None else shift[i, part]) for i in range(3)]
         kernel_spectrum = kernel.transform(part, work).squeeze(1)
         for b in range(batch):
             x = _streams(p[b])[:, part]
-            w = taps.into(room[:, :length], x[1], 1, part)
-            w.mul_(taps.into(gate, x[2], 2, part))
+            w = add_taps(room[:, :length], x[1], *short[1])
+            w.mul_(add_taps(gate, x[2], *short[2]))
             z = torch.fft.irfft(torch.fft.rfft(room).mul_(kernel_spectrum), n=work.n)[:, :length]
             kernel.refine(z.unsqueeze(1), room.unsqueeze(1), part)
-            torch.mul(taps.into(gate, x[0], 0, part), z, out=y[b, part])
+            torch.mul(add_taps(gate, x[0], *short[0]), z, out=y[b, part])
             if keep:
                 kept[b, part] = z
     return y, kept
@@ -107,44 +102,47 @@ def _gradients(  # noqa: PLR0913 (an operator of torch takes tensors, no objects
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of p, weight, bias, h and direct; empty ones of an absent bias and of filters that need none."""
     batch, length, channels = p.shape[0], p.shape[-1], h.shape[0]
-    work, kernel, taps = _work(p, h.shape[1], spectrum), _kernel(p, h, direct, spectrum), _Taps(weight, bias)
+    work, kernel = _work(p, h.shape[1], spectrum), _kernel(p, h, direct, spectrum)
+    taps, shift = _streams(weight), None if bias is None else _streams(bias)
     grad_p, grad_weight = torch.empty_like(p, memory_format=torch.contiguous_format), _zeros(weight)
     grad_bias = p.new_empty(0) if bias is None else _zeros(bias)
     grad_h = _zeros(h) if needs_filter else h.new_empty(0)
     grad_direct = _zeros(direct) if needs_filter else direct.new_empty(0)
     rows = _rows(channels, work)
     inputs, later = (p.new_zeros(rows, work.n, dtype=work.dtype) for _ in range(2))
-    spare = p.new_empty(3, rows, length)
+    spare = p.new_empty(4, rows, length)
     for start in range(0, channels, rows):
         part = slice(start, min(start + rows, channels))
         m = part.stop - start
         room, w, dz = inputs[:m], inputs[:m, :length], later[:m, :length]
-        gate, key, value = spare[:, :m]
-        kernel_spectrum = torch.conj_physical(kernel.transform(part, work).squeeze(1))
+        streams, found = spare[:3, :m], spare[1:, :m]
+        gate, key, value, last = spare[:, :m]
+        kernel_spectrum = kernel.transform(part, work).squeeze(1)
         total = None
         for b in range(batch):
-            x, g, into = _streams(p[b])[:, part], grad[b, part], _streams(grad_p[b])[:, part]
-            for stream, out in enumerate((gate, key, value)):
-                taps.into(out, x[stream], stream, part)
+            x, g, into = _streams(p[b])[:, part], _in_rows(grad[b, part]), _streams(grad_p[b])[:, part]
+            # all streams in one call: here calls of a few microseconds add up
+            add_taps(streams, x, taps[:, part], None if shift is None else shift[:, part])
             torch.mul(g, gate, out=dz)
-            torch.mul(g, kept[b, part], out=gate)  # from here on the gradient of x_0
-            spectrum_dz = torch.fft.rfft(later[:m])
+            # w and the filter are both correlated with dz: this one conjugate serves them, results come out conjugate
+            spectrum_dz = torch.fft.rfft(later[:m]).conj_physical_()
             if needs_filter:
                 torch.mul(key, value, out=w)
-                grad_direct[part] += (w * dz).sum(-1)
-                product = torch.fft.rfft(room).conj_physical_().mul_(spectrum_dz)
+                grad_direct[part] += torch.mul(w, dz, out=last).sum(-1)
+                product = torch.fft.rfft(room).mul_(spectrum_dz)
                 total = product if total is None else total.add_(product)
-            dw = torch.fft.irfft(spectrum_dz.mul_(kernel_spectrum), n=work.n)[:, :length]
-            torch.mul(dw, value, out=w)  # of x_1
-            key.mul_(dw)  # of v
-            for stream, found in enumerate((gate, w, key)):
-                add_taps_transposed(into[stream], found, _streams(weight)[stream, part])
-                tap_gradients(_streams(grad_weight)[stream, part], found, x[stream])
-                if bias is not None:
-                    _streams(grad_bias)[stream, part] += found.sum(-1)
+            dw = torch.fft.irfft(spectrum_dz.mul_(kernel_spectrum).conj_physical_(), n=work.n)[:, :length]
+            # gradients behind the short convolution in the order of its streams, one place further on than these
+            torch.mul(key, dw, out=last)
+            value.mul_(dw)
+            torch.mul(g, kept[b, part], out=key)
+            # `into` is room for products until its own values come
+            tap_gradients(_streams(grad_weight)[:, part], found, x, products=into)
+            if bias is not None:
+                _streams(grad_bias)[:, part] += found.sum(-1)
+            add_taps_transposed(into, found, taps[:, part])
         if total is not None:
-            found = torch.fft.irfft(total, n=work.n)
-            grad_h[part, :length] = found[:, : min(length, h.shape[1])]
+            grad_h[part, :length] = torch.fft.irfft(total.conj_physical_(), n=work.n)[:, : min(length, h.shape[1])]
     return grad_p, grad_weight, grad_bias, grad_h, grad_direct
 
 

@@ -62,6 +62,10 @@ def fft_length(length: int, taps: int) -> int:
 _HEAD, _SHORTEST_HEAD = 32, 128
 
 
+# Rows below which a real transform costs twice as much a row, or more.
+_FEW = 8
+
+
 @dataclass(frozen=True)
 class Work:
     """How a convolution is computed: FFT length, dtype of the transforms, numbers that one block should hold."""
@@ -148,12 +152,12 @@ class Blocks:
 
     @classmethod
     def of(cls, sizes: tuple[int, int, int], rows: int) -> "Blocks":
-        """Blocks of about that many rows; where the whole batch does not fit, of one row of it."""
+        """Blocks of about that many rows, of enough filters that their own transforms are not of a few rows each."""
         batch, filters, group = sizes
-        if rows >= batch * group:
-            return cls(batch, min(rows // (batch * group), filters), group)
-        group = min(max(rows, 1), group)
-        return cls(1, min(max(rows // group, 1), filters), group)
+        rows = max(rows, 1)
+        filters = min(max(rows // (batch * group), min(rows, _FEW)), filters)
+        group = min(max(rows // filters, 1), group)
+        return cls(min(max(rows // (filters * group), 1), batch), filters, group)
 
     def over_filters(self, filters: int) -> Iterator[slice]:
         """Slices of the filters."""
