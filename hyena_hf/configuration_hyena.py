@@ -293,6 +293,7 @@ class HyenaConfig(PreTrainedConfig):
                     f"{name} has {len(entries)} entries for num_hidden_layers ({self.num_hidden_layers}); give one "
                     f"number, or one a layer"
                 )
+        self._validate_poles()  # lists have one entry a layer from here on
 
     def validate_architecture(self) -> None:
         """Refuse sizes that no model can have."""
@@ -368,7 +369,6 @@ class HyenaConfig(PreTrainedConfig):
             )
         if "modal" in self.filter_types and not self.is_causal:
             raise ValueError("filter_types holds 'modal', a recurrence over the past, but is_causal is False")
-        self._validate_poles()
         if self.use_cache and not self.is_causal:
             raise ValueError("use_cache is True but is_causal False: later tokens change earlier ones; leave it out")
 
