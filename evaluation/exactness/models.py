@@ -85,6 +85,7 @@ MODELS = {
     "Hyena order 3": Spec(lambda layers: _hyena(layers, order=3), ours=True),
     "MultiHyena": Spec(lambda layers: _hyena(layers, num_heads=8), ours=True),
     "Hyena hybrid": Spec(_hybrid, ours=True),
+    "modal filters": Spec(lambda layers: _hyena(layers, filter_types=["modal"] * layers), ours=True),
 }
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}

@@ -59,7 +59,7 @@ def pole_parts(log_radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     """
     dtype = _exact(log_radius.device)
     radius, turn = torch.exp(log_radius.to(dtype)), angle.to(dtype)
-    real = turn.abs() >= PI
+    real = turn.abs() == PI
     exact = radius * torch.where(real, -1.0, torch.cos(turn)), radius * torch.where(real, 0.0, torch.sin(turn))
     re, im = (part + (part.to(torch.float32).to(dtype) - part).detach() for part in exact)
     return re, im
