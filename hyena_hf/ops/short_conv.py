@@ -23,6 +23,10 @@ from .fftconv import check_real
 _BLOCK = 1 << 18
 
 
+# Tokens up to which blocks cost more calls than they save: steps of generation.
+_SHORT = 4
+
+
 def add_taps(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, skipped: int = 0) -> Tensor:
     """Set out (.., C, n) to bias + sum of shifted taps of x (.., C, skipped + n); weight (.., C, K), bias (.., C)."""
     taps, length = weight.shape[-1], out.shape[-1]
@@ -164,7 +168,7 @@ def _gradients_of_past(grad_weight: Tensor, near: Tensor, past: Tensor, weight: 
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None) -> Tensor:
-    """The formula as it stands, which compilers fuse."""
+    """The formula as it stands, in few calls, which compilers fuse."""
     taps, length, dtype = weight.shape[1], x.shape[-1], torch.promote_types(x.dtype, weight.dtype)
     exact = torch.promote_types(dtype, torch.float32)
     x, weight = x.to(exact), weight.to(exact)
@@ -206,6 +210,6 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, past: Tens
             f"past must hold the {weight.shape[1] - 1} inputs before x, {(*x.shape[:2], weight.shape[1] - 1)}, got "
             f"{tuple(past.shape)}"
         )
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.shape[-1] <= _SHORT:
         return _plain(x, weight, bias, past)
     return _ShortConv.apply(x, weight, bias, past)
