@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_hyena import HyenaConfig
+from .ops import bidirectional_fftconv
+from .ops.engine import in_onnx_export
 from .ops.modal import MAX_LOG_RADIUS, PI, ModalSystem, impulse_response, modal_system
 from .ops.precision import without_autocast
 
@@ -152,7 +154,8 @@ def without_high_frequencies(h: Tensor, sparsity: float) -> Tensor:
 
     FlashFFTConv (Fu et al. 2023, arXiv 2311.05908) zeroes such a share of the spectrum in the convolution
     itself. No causal filter vanishes on a band (Paley and Wiener 1934, theorem XII), so there outputs see later
-    tokens; here the taps that the mask puts before lag 0 are cut off again. Done with `torch.fft`, also when traced.
+    tokens; here the taps that the mask puts before lag 0 are cut off again. Done with `torch.fft`, also when traced;
+    graphs for other runtimes convolve with the low-pass in real numbers.
 
     Args:
         h: All taps (..., K), float32 or float64.
@@ -165,10 +168,24 @@ def without_high_frequencies(h: Tensor, sparsity: float) -> Tensor:
     length = h.shape[-1]
     kept = length + 1 - min(round(sparsity * (length + 1)), length)
     rows = h.flatten(0, -2)
+    if in_onnx_export():
+        h_low, h_reverse = _low_pass(length, kept, rows)
+        return bidirectional_fftconv(rows.unsqueeze(0), h_low, h_reverse).view(h.shape)
     # blocks bound the memory of spectra; `irfft` reads the missing frequencies as zero
     blocks = rows.split(max(1, _FFT_BLOCK // length)) if kept <= length else ()
     filtered = [torch.fft.irfft(torch.fft.rfft(b, 2 * length)[:, :kept], 2 * length)[:, :length] for b in blocks]
     return torch.cat(filtered).view(h.shape) if filtered else h
+
+
+def _low_pass(length: int, kept: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Irfft of a mask that keeps the first frequencies of 2 K points, as filters over lags of both signs, (1, K) each.
+
+    A Dirichlet kernel: sin((2 m - 1) x) / (2 K sin x) with x = pi t / 2 K and m frequencies.
+    """
+    x = torch.arange(1, length + 1, dtype=torch.float64, device=like.device) * (math.pi / (2 * length))
+    later = torch.sin((2 * kept - 1) * x) / (2 * length * torch.sin(x))
+    now = later.new_full((1,), (2 * kept - 1) / (2 * length))
+    return torch.cat([now, later[:-1]]).to(like.dtype)[None], later.to(like.dtype)[None]
 
 
 class AtLeastFloat32(nn.Module):

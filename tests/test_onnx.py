@@ -23,6 +23,7 @@ MODELS = {
     "heads": {"num_hidden_layers": 1, "num_heads": 16},
     "hybrid": {"num_hidden_layers": 2, "layer_types": [HYENA, FULL]},
     "masked": {"num_hidden_layers": 1, "is_causal": False},
+    "low frequencies": {"num_hidden_layers": 1, "filter_length": 40, "frequency_sparsity": 0.5},
 }
 # beyond the lengths at which heads are products of queries and keys
 LENGTH = 70
@@ -30,7 +31,9 @@ LENGTH = 70
 
 def build_model(name):
     kind = HyenaForMaskedLM if name == "masked" else HyenaForCausalLM
-    model = new_model("order 2" if name == "masked" else name, kind=kind, use_cache=False, **MODELS[name])
+    model = new_model(
+        "order 2" if name in ("masked", "low frequencies") else name, kind=kind, use_cache=False, **MODELS[name]
+    )
     return model.requires_grad_(False)
 
 
@@ -52,7 +55,7 @@ def check_in_onnxruntime(program, model, shapes):
         assert np.linalg.norm(logits - expected) <= 1e-5 * np.linalg.norm(expected), shape
 
 
-@pytest.mark.parametrize("name", ["order 3", "heads", "hybrid", "masked"])
+@pytest.mark.parametrize("name", ["order 3", "heads", "hybrid", "masked", "low frequencies"])
 def test_onnxruntime_computes_the_logits_of_a_model_for_any_batch(name):
     model = build_model(name)
     program = export(model, {0: torch.export.Dim("batch", min=1, max=64)})

@@ -6,13 +6,17 @@ Fast float32 results may be at most twice as far from the oracle as the obvious 
 tests of FlashAttention). Letters: B batch, C channels, H filters, L length, K taps, T tokens of the past.
 """
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 from hyena_hf.ops import (
+    bidirectional_fftconv,
     causal_fftconv,
     engine,
+    hyena_conv,
     multihead,
     multihead_conv,
     over_rows,
@@ -604,3 +608,27 @@ def test_rows_of_one_document_each_have_no_starts(description):
 def test_descriptions_that_contradict_the_batch_are_refused(description, match):
     with pytest.raises(ValueError, match=match):
         document_starts(2, 3, **description)
+
+
+U, H, P, W = torch.ones(1, 2, 8), torch.ones(2, 8), torch.ones(1, 6, 8), torch.ones(6, 3)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "name"),
+    [
+        (causal_fftconv, (U, None), "h of type NoneType"),
+        (causal_fftconv, (None, H), "u of type NoneType"),
+        (bidirectional_fftconv, (U, H, None), "h_reverse of type NoneType"),
+        (hyena_conv, (P, None, None, H), "weight of type NoneType"),
+        (hyena_conv, (P, W, None, None), "h of type NoneType"),
+        (hyena_conv, (P + 0j, W, None, H), "p of torch.complex64"),
+        (hyena_conv, (P, W.double(), None, H), "weight is torch.float64 but p torch.float32"),
+        (short_conv, (None, W), "x of type NoneType"),
+        (short_conv, (P + 0j, W), "x of torch.complex64"),
+        (causal_fftconv, (U.to_sparse(), H), "u of torch.float32 in layout torch.sparse_coo"),
+        (causal_fftconv, (U.to(torch.float8_e4m3fn), H), "u of torch.float8_e4m3fn"),
+    ],
+)
+def test_errors_name_the_argument_as_the_function_does(function, arguments, name):
+    with pytest.raises(TypeError, match=re.escape(name)):
+        function(*arguments)

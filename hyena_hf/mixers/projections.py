@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from hyena_hf.ops.engine import is_traced
+
 
 def is_plain(linear: nn.Module, x: Tensor) -> bool:
     """Whether a linear layer does nothing to x (B, L, D) on a CPU but the product with its weight in float32."""
@@ -50,13 +52,17 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (x, weight), needs = grad_outputs, ctx.saved_tensors, ctx.needs_input_grad
         of_x = _product(grad, weight.mT, None, not ctx.in_rows) if needs[0] else None
-        of_weight = torch.bmm(grad.mT, x).sum(0) if needs[1] else None
+        of_weight = None
+        if needs[1]:
+            of_weight = grad[0].mT @ x[0]
+            for row, inputs in zip(grad[1:], x[1:], strict=True):  # one product for all would make a matrix a row
+                of_weight.addmm_(row.mT, inputs)
         return of_x, of_weight, grad.sum((0, 1)) if needs[2] else None, None
 
 
 def _linear(linear: nn.Linear, x: Tensor, in_rows: bool) -> Tensor:
-    # compilers choose layouts themselves
-    product = _product if torch.compiler.is_compiling() else _Product.apply
+    # compilers choose layouts themselves, and TorchScript saves no functions
+    product = _product if is_traced() else _Product.apply
     return product(x, linear.weight, linear.bias, in_rows)
 
 

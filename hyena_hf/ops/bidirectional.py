@@ -53,7 +53,10 @@ def bidirectional_fftconv(  # noqa: PLR0913 (that of causal_fftconv and a filter
     """
     name = "bidirectional_fftconv"
     gates = {"pregate": pregate, "postgate": postgate}
-    check_tensors(name, u, h=h, h_reverse=h_reverse, direct=direct, **gates)
+    required = "h", "h_reverse"
+    check_tensors(
+        name, u, required=required, h=h, h_reverse=h_reverse, direct=direct, pregate=pregate, postgate=postgate
+    )
     check_shapes(u, h, direct, gates)
     if h_reverse.ndim != 2 or h_reverse.shape[0] != h.shape[0] or 0 in h_reverse.shape:
         raise ValueError(f"h_reverse must have shape ({h.shape[0]}, K'), K' at least 1, got {tuple(h_reverse.shape)}")

@@ -49,7 +49,11 @@ _requested: list[tuple[str]] = []
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Compute all long convolutions inside a `with` block by one backend, in all threads.
+    """Compute the long convolutions of whole rows inside a `with` block by one backend, in all threads.
+
+    Those that `causal_fftconv` and `bidirectional_fftconv` compute, in models too. Not asked: generated tokens and
+    chunks behind a cache, and short rows of MultiHyena heads, which have ways of their own. The operator in one pass,
+    `hyena_conv`, is blocks of torch.fft: both "torch" and "blocked" mean it.
 
     Args:
         name: One of `BACKENDS`.
@@ -72,7 +76,8 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore (torch forgot to export it)
 
 
-def _in_onnx_export() -> bool:
+def in_onnx_export() -> bool:
+    """Whether the graph will be read by other runtimes, which know real numbers and standard operators only."""
     # torch's own function costs more than all else that an eager call asks about
     return is_traced() and torch.onnx.is_in_onnx_export()
 
@@ -83,7 +88,7 @@ def requested_backend(function: str, name: str | None, u: Tensor) -> str | None:
         name = _requested[-1][0]
     if name is None:
         # only `matrix` consists of operations that other runtimes know
-        return "matrix" if _in_onnx_export() or u.device.type == "mps" else None
+        return "matrix" if in_onnx_export() or u.device.type == "mps" else None
     if name not in BACKENDS:
         raise ValueError(f"{function} has no backend {name!r}; choose one of {', '.join(BACKENDS)} or leave it out")
     return name
@@ -203,7 +208,7 @@ def _note(backend: str, u: tuple[int, ...], h: tuple[int, ...], dtype: torch.dty
 
 def takes_spectra(device: torch.device, length: int, support: int | None) -> bool:
     """Whether filters that end at `support` should be transformed once for inputs of a length: frames do without."""
-    if isinstance(length, torch.SymInt) or torch.compiler.is_compiling() or _in_onnx_export():
+    if isinstance(length, torch.SymInt) or torch.compiler.is_compiling() or in_onnx_export():
         return False
     if device.type == "mps" or (_requested and _requested[-1][0] not in _BY_FFT):
         return False
@@ -222,7 +227,7 @@ def one_pass_serves(dtype: torch.dtype, device: torch.device, length: int, suppo
     """Whether `hyena_conv` is the fastest way for rows of that length and a filter that ends at `support`."""
     if _requested and _requested[-1][0] not in _BY_FFT:
         return False
-    if device.type != "cpu" or _in_onnx_export() or torch.promote_types(dtype, torch.float32) == torch.float64:
+    if device.type != "cpu" or in_onnx_export() or torch.promote_types(dtype, torch.float32) == torch.float64:
         return False
     if support is None:
         return True
@@ -419,6 +424,7 @@ __all__ = [
     "Conv",
     "choose",
     "convolve",
+    "in_onnx_export",
     "is_traced",
     "one_pass_serves",
     "refusal",

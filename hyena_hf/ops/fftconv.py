@@ -19,6 +19,9 @@ from .backends.fft import fft_length
 from .engine import Conv, convolve, requested_backend
 
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 @dataclass(frozen=True)
 class FilterSpectrum:
     """Filters that have been transformed already, for use in place of `h`; made by `filter_spectrum`.
@@ -41,6 +44,7 @@ class FilterSpectrum:
 
     def spectrum_for(self, function: str, u: Tensor, direct: Tensor | None, *, exact: bool) -> Tensor:
         """The spectrum, after refusing an input or options that it is not for."""
+        check_real(function, u)
         if direct is not None:
             raise ValueError(f"{function} got direct beside a FilterSpectrum; give it to filter_spectrum")
         if exact != self.exact:
@@ -78,9 +82,9 @@ def filter_spectrum(h: Tensor, length: int, direct: Tensor | None = None, *, exa
     Raises:
         ValueError, TypeError: As `causal_fftconv`.
     """
-    if not isinstance(length, int) or length < 1:
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
         raise ValueError(f"length ({length}) must be a whole number, at least 1")
-    check_real("filter_spectrum", h, direct=direct)
+    check_real("filter_spectrum", h, name="h", direct=direct)
     if h.ndim != 2 or 0 in h.shape:
         raise ValueError(f"filter_spectrum: expected h (H, K), every size at least 1, got {tuple(h.shape)}")
     check_shapes(h.unsqueeze(0), h, direct, {})
@@ -92,29 +96,44 @@ def filter_spectrum(h: Tensor, length: int, direct: Tensor | None = None, *, exa
     return FilterSpectrum(h.detach(), None if direct is None else direct.detach(), spectrum, length, exact)
 
 
-def check_real(function: str, u: Tensor, **tensors: Tensor | None) -> None:
-    """Refuse what is no real tensor, or lies on another device than u."""
-    for name, tensor in {"u": u, **tensors}.items():
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise TypeError(f"{function} takes tensors, got {name} of type {type(tensor).__name__}")
-        if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"{function} takes real floating-point tensors, got {name} of {tensor.dtype}")
-        if tensor is not None and tensor.device != u.device:
-            raise ValueError(f"{name} lies on {tensor.device} but u on {u.device}; move them to one device")
+def check_real(
+    function: str, u: Tensor, *, name: str = "u", required: tuple[str, ...] = (), **tensors: Tensor | None
+) -> None:
+    """Refuse what is no dense real tensor of 16, 32 or 64 bits, or lies on another device than u.
+
+    Args:
+        function: For messages.
+        u: Tensor that sets the device.
+        name: What the function calls it.
+        required: Names of others that may not be None.
+        tensors: The others.
+    """
+    for key, tensor in {name: u, **tensors}.items():
+        if tensor is None and key not in (name, *required):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{function} takes tensors, got {key} of type {type(tensor).__name__}")
+        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
+            raise TypeError(
+                f"{function} takes dense real tensors of 16, 32 or 64 bits, got {key} of {tensor.dtype} in layout "
+                f"{tensor.layout}; convert it"
+            )
+        if tensor.device != u.device:
+            raise ValueError(f"{key} lies on {tensor.device} but {name} on {u.device}; move them to one device")
 
 
-def check_tensors(function: str, u: Tensor, **tensors: Tensor | None) -> None:
-    """Refuse tensors that `function` cannot multiply with u."""
-    check_real(function, u, **tensors)
-    for name, tensor in tensors.items():
-        exact = u.dtype if name.endswith("gate") else torch.promote_types(u.dtype, torch.float32)
+def check_tensors(
+    function: str, u: Tensor, *, name: str = "u", required: tuple[str, ...] = (), **tensors: Tensor | None
+) -> None:
+    """Refuse tensors that `function` cannot multiply with u; arguments as in `check_real`."""
+    check_real(function, u, name=name, required=required, **tensors)
+    for key, tensor in tensors.items():
+        exact = u.dtype if key.endswith("gate") else torch.promote_types(u.dtype, torch.float32)
         if tensor is None:
             continue
-        if tensor.dtype != exact if name.endswith("gate") else not _holds(exact, tensor.dtype):
-            raise TypeError(
-                f"{name} is {tensor.dtype} but u {u.dtype}; gates need the dtype of u, filters one that {exact} can "
-                f"hold: convert one of them"
-            )
+        if tensor.dtype != exact if key.endswith("gate") else not _holds(exact, tensor.dtype):
+            kind = f"gates need the dtype of {name}" if key.endswith("gate") else f"it needs one that {exact} can hold"
+            raise TypeError(f"{function}: {key} is {tensor.dtype} but {name} {u.dtype}; {kind}: convert one of them")
 
 
 def _holds(wide: torch.dtype, dtype: torch.dtype) -> bool:
@@ -205,7 +224,7 @@ def causal_fftconv(
         spectrum = h.spectrum_for(name, u, direct, exact=exact)
         h, direct = h.h, h.direct
     gates = {"pregate": pregate, "postgate": postgate}
-    check_tensors(name, u, h=h, direct=direct, **gates)
+    check_tensors(name, u, required=("h",), h=h, direct=direct, pregate=pregate, postgate=postgate)
     check_shapes(u, h, direct, gates)
     backend = requested_backend(name, backend, u)
     h, direct = as_wide(h, u.dtype), None if direct is None else as_wide(direct, u.dtype)

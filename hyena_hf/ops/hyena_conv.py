@@ -225,9 +225,7 @@ _in_graphs.register_autograd(_backward_in_graphs, setup_context=_setup_context)
 
 def _check(p: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, direct: Tensor) -> None:
     """Refuse tensors that do not fit."""
-    tensors = {"weight": weight, "bias": bias, "h": h, "direct": direct}
-    check_tensors("hyena_conv", p, **tensors)
-    for name, tensor in tensors.items():
+    for name, tensor in {"weight": weight, "bias": bias, "h": h, "direct": direct}.items():
         if tensor is not None and tensor.dtype != p.dtype:
             raise TypeError(f"hyena_conv computes in one dtype, but p is {p.dtype} and {name} {tensor.dtype}")
     if p.dtype not in (torch.float32, torch.float64):
@@ -277,10 +275,10 @@ def hyena_conv(
     if isinstance(h, FilterSpectrum):
         spectrum = h.spectrum_for("hyena_conv", p, direct, exact=False)
         h, direct = h.h, h.direct
+    check_tensors("hyena_conv", p, name="p", required=("weight", "h"), weight=weight, bias=bias, h=h, direct=direct)
     if direct is None:
-        direct = h.new_zeros(h.shape[0])
-    tensors = {"weight": weight, "bias": bias, "h": h, "direct": direct}
-    _check(p, **tensors)
+        direct = h.new_zeros(h.shape[:1])
+    _check(p, weight, bias, h, direct)
     note_one_pass(p, h)
     inputs = p, weight, bias, h, direct, spectrum
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
@@ -289,7 +287,7 @@ def hyena_conv(
     else:
         y = _HyenaConv.apply(*inputs) if wanted else _compute(*inputs, False)[0]
     if check_finite:
-        refuse_non_finite("hyena_conv", y, p=p, **tensors)
+        refuse_non_finite("hyena_conv", y, p=p, weight=weight, bias=bias, h=h, direct=direct)
     return y
 
 

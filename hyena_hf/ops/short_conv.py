@@ -23,7 +23,7 @@ from .fftconv import check_real
 _BLOCK = 1 << 18
 
 
-# Tokens up to which blocks cost more calls than they save: steps of generation.
+# New tokens behind a past up to which blocks cost more calls than they save: steps of generation.
 _SHORT = 4
 
 
@@ -189,15 +189,16 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, past: Tens
         past: The K - 1 inputs before `x`, (B, C, K - 1); None means zeros.
 
     Returns:
-        (B, C, L), dtype of `x` promoted with that of `weight`; on CPUs in the memory layout of `x`.
+        (B, C, L), dtype of `x` promoted with that of `weight`; on CPUs in the memory layout of `x`, but for
+        up to 4 tokens behind a past.
 
     Raises:
         ValueError: Shapes or devices that do not fit.
         TypeError: A tensor is complex or integer.
 
-    Differentiable, on CPUs outside compiled graphs once.
+    Differentiable, on CPUs outside compiled graphs once, but for such steps.
     """
-    check_real("short_conv", x, weight=weight, bias=bias, past=past)
+    check_real("short_conv", x, name="x", required=("weight",), weight=weight, bias=bias, past=past)
     if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[1] or 0 in (*x.shape, *weight.shape):
         raise ValueError(
             f"expected x (B, C, L) and weight (C, K), every size at least 1, got {tuple(x.shape)} and "
@@ -210,6 +211,7 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, past: Tens
             f"past must hold the {weight.shape[1] - 1} inputs before x, {(*x.shape[:2], weight.shape[1] - 1)}, got "
             f"{tuple(past.shape)}"
         )
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.shape[-1] <= _SHORT:
+    is_step = past is not None and x.shape[-1] <= _SHORT
+    if is_step or x.device.type != "cpu" or torch.compiler.is_compiling():
         return _plain(x, weight, bias, past)
     return _ShortConv.apply(x, weight, bias, past)
