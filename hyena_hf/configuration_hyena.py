@@ -141,6 +141,11 @@ class HyenaConfig(PreTrainedConfig):
         rope_parameters (`dict`, *optional*): Rotary position embedding of the attention layers, in transformers' form.
         beyond_trained_length (`str`): What to do with inputs longer than `max_position_embeddings`: `"extrapolate"`
             or `"refuse"`, which refuses them also where every filter ends before.
+        decode_cache (`str`): What a growing cache keeps of the inputs of a long convolution: `"history"`, all of them,
+            O(t) time a token; `"online"`, tiles besides, the same outputs in O(log^2 t); `"auto"`, tiles where
+            `generate` announces so many tokens that they are faster. An attribute of that name on the generation
+            config comes first. Modal filters always keep their state; filters that end, MultiHyena heads and static
+            caches always a history.
         residual_in_fp32 (`bool`): Keep the residual stream of a half-precision model in float32.
         initializer_range (`float`): Standard deviation of the initial weights.
         embed_dropout, resid_dropout, hyena_dropout, attention_dropout (`float`): Dropout after the embedding, after
@@ -194,6 +199,7 @@ class HyenaConfig(PreTrainedConfig):
     sliding_window: int | None = None
     rope_parameters: ResolvedDict = None
     beyond_trained_length: Literal["extrapolate", "refuse"] = "extrapolate"
+    decode_cache: Literal["auto", "history", "online"] = "auto"
     residual_in_fp32: bool = False
     initializer_range: float = 0.02
     embed_dropout: float | int = 0.0

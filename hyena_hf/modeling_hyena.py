@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -28,12 +29,13 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import FrozenTaps, HyenaCacheLayer, adopt_cache, in_turn
+from .cache import FrozenTaps, HyenaCacheLayer, Plan, adopt_cache, in_turn
 from .configuration_hyena import HyenaConfig
 from .filters import FILTERS, ExplicitFilter, FilterLinear, ImplicitFilter, ModalFilter, decay_rates
 from .mixers import HyenaAttention, HyenaMixer, RotaryEmbedding
 from .mixers.attention import AttentionWeights, rotary_frequencies
 from .mixers.hyena import ShortConv
+from .mixers.projections import is_plain
 from .ops import Segments
 from .ops.engine import is_traced
 from .ops.segments import build_segments, check_positions, document_starts, number_documents, segments_from_ends
@@ -74,7 +76,9 @@ class HyenaMLP(nn.Module):
     """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated.
 
     Without gradients a CPU takes the tokens in tiles: nobody needs the inner activations of a whole long input, and
-    fresh memory for them costs a system more than an activation function.
+    fresh memory for them costs a system more than an activation function. Not in training mode, where checkpointing
+    runs a layer without gradients first and must draw the same dropout again, nor where adapters or hooks would see
+    tiles instead of rows.
     """
 
     _TILE = 1024  # tokens
@@ -88,12 +92,16 @@ class HyenaMLP(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_traced() or torch.is_grad_enabled() or x.device.type != "cpu":
+        if self.training or torch.is_grad_enabled() or is_traced() or not self._is_plain(x):
             return self._apply_to(x)
         tiles = x.flatten(0, -2).split(self._TILE)
         if len(tiles) == 1:
             return self._apply_to(x)
         return torch.cat([self._apply_to(tile) for tile in tiles]).unflatten(0, x.shape[:-1])
+
+    def _is_plain(self, x: Tensor) -> bool:
+        linears = (self.gate_proj, self.up_proj, self.down_proj)
+        return all(is_plain(linear, x) for linear in linears if linear is not None)
 
     def _apply_to(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)
@@ -701,7 +709,7 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: chunk_length below 1, a mask of another shape, or inputs that `forward` refuses.
         """
-        if not isinstance(chunk_length, int) or chunk_length < 1:
+        if not isinstance(chunk_length, int) or isinstance(chunk_length, bool) or chunk_length < 1:
             raise ValueError(f"chunk_length ({chunk_length}) must be a whole number, at least 1")
         check_stream(input_ids, None, self.config)
         if attention_mask is not None and tuple(attention_mask.shape) != tuple(input_ids.shape):
@@ -757,7 +765,8 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
     ) -> Any:
         """Tell a cache how long the generation can get and how far it may be rolled back.
 
-        Buffers and filters of a new one are then made once, and an assistant can take all its candidates back.
+        Buffers and filters of a new one are then made once, and an assistant can take all its candidates back. An
+        attribute `decode_cache` of the generation config comes before that of the model's config.
         """
         given = model_kwargs.get("past_key_values")
         prepare: Callable = super()._prepare_cache_for_generation  # pyright: ignore (its self is a protocol)
@@ -771,9 +780,24 @@ class HyenaForCausalLM(HyenaPreTrainedModel, GenerationMixin):
             for layer in adopt_cache(cache, self.config, rows, id(self.model), self.model.dtype, max_cache_length):
                 if layer.max_cache_len is None:
                     layer.expected_length = max_cache_length + 1 + lookup
+        # nobody else sees the cache, and only single tokens follow the prompt
+        ends = cache is not given and not generation_config.return_dict_in_generate
+        ends = ends and not generation_config.is_assistant and generation_mode != GenerationMode.ASSISTED_GENERATION
+        plan = self._plan(generation_config, model_kwargs.get("attention_mask"), max_cache_length, ends)
         for layer in cache.layers:
-            if isinstance(layer, HyenaCacheLayer) and layer.record_past:
+            if not isinstance(layer, HyenaCacheLayer):
+                continue
+            if not layer.is_initialized:
+                layer.plan = plan
+            if layer.record_past:
                 layer.max_pending = max(layer.max_pending, generation_config.max_new_tokens or 0)
+
+    @staticmethod
+    def _plan(generation_config: Any, attention_mask: Tensor | None, longest: int, ends: bool) -> Plan:
+        new = generation_config.max_new_tokens
+        if new is None:
+            new = longest + 1 - (0 if attention_mask is None else attention_mask.shape[1])
+        return Plan(vars(generation_config).get("decode_cache"), new, ends)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None, **_):

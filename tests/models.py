@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from hyena_hf import HyenaConfig, HyenaForCausalLM
+from hyena_hf.cache import online
 from hyena_hf.ops.modal import NO_POLE, PI
 
 
@@ -29,6 +30,8 @@ SHAPE = {
 MODELS = {
     "order 2": {},
     "order 3": {"order": 3},
+    "online": {"decode_cache": "online"},
+    "online order 3": {"order": 3, "layer_types": [HYENA, FULL, HYENA], "decode_cache": "online"},
     "heads": {"num_heads": 8},
     "hybrid": {"layer_types": [HYENA, FULL, HYENA]},
     "modal": {"filter_types": ["modal"] * 3, "state_size": 8},
@@ -110,6 +113,12 @@ def _model_of(name: str, dtype: torch.dtype) -> HyenaForCausalLM:
 def model_of(name: str = "order 2", dtype: torch.dtype = torch.float64) -> HyenaForCausalLM:
     """The model of `new_model`, built once: for tests that leave it as it is."""
     return _model_of(name, dtype)
+
+
+def shrink_tiles(monkeypatch) -> None:
+    """Let tiles begin after a few tokens, and be of a few, so that short sequences meet all there is."""
+    for name, value in {"NEAR": 8, "BLOCK": 2, "PATIENCE": 0, "_CHUNK": 16, "_KEPT": 8}.items():
+        monkeypatch.setattr(online, name, value)
 
 
 def tokens(*shape: int, seed: int = 1) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from hyena_hf.cache import HyenaCacheLayer
-from tests.models import FULL, MODELS, model_of, new_model, tokens
+from tests.models import FULL, MODELS, model_of, new_model, shrink_tiles, tokens
 
 
 DTYPES = [torch.float64, torch.float32]
@@ -22,6 +22,11 @@ TOTAL = sum(LENGTHS)
 
 every_model = pytest.mark.parametrize("name", MODELS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    shrink_tiles(monkeypatch)
 
 
 @cache

@@ -57,6 +57,11 @@ def returns_a_cache(**changes):
     return new_model(**changes)(tokens(1, 4)).past_key_values is not None
 
 
+def kinds_of_memory(**changes):
+    past = new_model(**changes)(tokens(1, 4)).past_key_values
+    return [type(history) for layer in past.layers for history in layer.histories]
+
+
 def generation_ids(**changes):
     generation = GenerationConfig.from_model_config(config_of(**changes))
     return generation.pad_token_id, generation.bos_token_id, generation.eos_token_id
@@ -103,6 +108,7 @@ EFFECTS = {
     "sliding_window": (logits, 8, 9, ATTENTION),
     "rope_parameters": (logits, None, {"rope_type": "default", "rope_theta": 100.0}, ATTENTION),
     "beyond_trained_length": (longest_input, "extrapolate", "refuse"),
+    "decode_cache": (kinds_of_memory, "history", "online"),
     "residual_in_fp32": (logits_in_bfloat16, False, True),
     "initializer_range": (initial_weights, 0.02, 0.1),
     "embed_dropout": (logits_in_training, 0.0, 0.5),
@@ -151,6 +157,7 @@ REFUSED = [
     ({"layer_types": "hyena"}, TypeError, ["layer_types", "list", "str"]),
     ({"filter_length": [1.5, 2, 3]}, TypeError, ["filter_length"]),
     ({"norm_type": "batch_norm"}, (TypeError, ValueError), ["norm_type", "layer_norm", "rms_norm", "batch_norm"]),
+    ({"decode_cache": "tiles"}, (TypeError, ValueError), ["decode_cache", "auto", "history", "online", "tiles"]),
     ({"beyond_trained_length": "cut"}, (TypeError, ValueError), ["beyond_trained_length", "refuse", "cut"]),
     # unknown keys
     ({"hiden_size": 32}, ValueError, ["'hiden_size'", "did you mean 'hidden_size'?"]),

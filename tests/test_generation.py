@@ -8,13 +8,18 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
-from tests.models import FULL, MODELS, SLIDING, model_of, new_model, tokens
+from tests.models import FULL, MODELS, SLIDING, model_of, new_model, shrink_tiles, tokens
 
 
 NEW = 24
 SETTINGS = {"max_new_tokens": NEW, "pad_token_id": 0, "return_dict_in_generate": True}
 
 every_model = pytest.mark.parametrize("name", MODELS)
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    shrink_tiles(monkeypatch)
 
 
 @cache

@@ -19,10 +19,13 @@ B batch, C channels of an operator, T committed columns, n new columns.
 from .history import AttentionHistory, ExactHistory, HeadHistory, History, NoMemory, Window
 from .layer import HyenaCacheLayer, adopt_cache, in_turn
 from .modal import HeadModalState, ModalState
+from .online import OnlineTiles
+from .plan import DECODE_CACHES, Plan
 from .taps import FrozenTaps, Taps
 
 
 __all__ = [
+    "DECODE_CACHES",
     "AttentionHistory",
     "ExactHistory",
     "FrozenTaps",
@@ -32,6 +35,8 @@ __all__ = [
     "HyenaCacheLayer",
     "ModalState",
     "NoMemory",
+    "OnlineTiles",
+    "Plan",
     "Taps",
     "Window",
     "adopt_cache",

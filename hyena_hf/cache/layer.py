@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 from hyena_hf.configuration_hyena import HyenaConfig
 
 from .history import AttentionHistory, History
+from .plan import Plan
 from .taps import FrozenTaps, Taps
 
 
@@ -46,6 +47,7 @@ class HyenaCacheLayer(CacheLayerMixin):
         self.max_cache_len = max_cache_len
         self.is_compileable = max_cache_len is not None
         self.expected_length: int | None = max_cache_len
+        self.plan = Plan()
         self.max_pending = MAX_PENDING
         self.record_past = False
         self._forget()

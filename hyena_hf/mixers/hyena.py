@@ -27,6 +27,8 @@ from hyena_hf.cache import (
     HyenaCacheLayer,
     ModalState,
     NoMemory,
+    OnlineTiles,
+    Plan,
     Window,
 )
 from hyena_hf.configuration_hyena import HyenaConfig
@@ -100,6 +102,7 @@ class HyenaMixer(nn.Module):
         self.dropout = config.hyena_dropout
         # one convolution a layer keeps float32 logits exact enough; chains of them amplify what transforms leave
         self.exact = config.order > 2
+        self.decode_cache = config.decode_cache
         self.convolve = _convolve_causally if config.is_causal else partial(_convolve_both_sides, exact=self.exact)
         self.has_one_pass = config.order == 2 and config.num_filters == config.hidden_size and config.is_causal
         self.frozen: FrozenTaps | None = None  # see `HyenaPreTrainedModel.frozen_filters`
@@ -110,12 +113,16 @@ class HyenaMixer(nn.Module):
         self.skip = nn.Parameter(torch.empty(config.order - 1, self.num_heads))
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
 
-    def make_histories(self, length: int | None, expected: int | None) -> list[History]:
+    def make_histories(self, length: int | None, expected: int | None, plan: Plan | None = None) -> list[History]:
         """Empty histories for the short and each long convolution.
+
+        Modal filters have their state. Tiles serve filters that never end, one a channel, in caches that grow: filters
+        that end need but few inputs, heads have no accumulators, and a compiled step must not depend on its position.
 
         Args:
             length: Capacity of a static cache, None for one that grows.
             expected: Length to make room for at once.
+            plan: What is known of the generation to come; None: no cache, nothing is remembered.
         """
         fixed = length is not None
         window = Window(self.short_conv.weight.shape[1] - 1, fixed=fixed)
@@ -124,6 +131,9 @@ class HyenaMixer(nn.Module):
         if self.num_heads < self.width:
             return [window, HeadHistory(length, fixed=fixed, capacity=expected, queries=self.width)]
         support = None if fixed else self.filter.support
+        if not fixed and support is None and plan is not None and plan.takes_tiles(self.decode_cache, expected):
+            tiles = (OnlineTiles(capacity=expected, exact=self.exact, ends=plan.ends) for _ in range(self.order - 1))
+            return [window, *tiles]
         limit = length if support is None else support - 1
         long = [ExactHistory(limit, fixed=fixed, capacity=expected, exact=self.exact) for _ in range(self.order - 1)]
         return [window, *long]
@@ -151,7 +161,8 @@ class HyenaMixer(nn.Module):
             memory = NoMemory(self.make_histories(None, None), longest, self.frozen)
         else:
             memory = cache_layer
-            memory.attach(self.make_histories, hidden_states.shape[0], hidden_states.device, self.frozen)
+            make = partial(self.make_histories, plan=memory.plan)
+            memory.attach(make, hidden_states.shape[0], hidden_states.device, self.frozen)
         in_layout = is_plain(self.in_proj, hidden_states) and is_plain(self.out_proj, hidden_states)
         if segments is None and in_layout and self._takes_one_pass(hidden_states, memory):
             # projections that write and read rows of time: no transposition
