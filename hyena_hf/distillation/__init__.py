@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LaughingHyena: long filters into recurrences, with certificates.
+
+- `distill`: a trained model into one that generates in constant memory, with a `DistillationReport`.
+- `fit_modal`: poles and residues of filters, with a `FitReport`.
+- `hankel_singular_values`, `order_for_tolerance`: how many states a filter needs.
+"""
+
+from .fit import FitReport, fit_modal
+from .hankel import hankel_singular_values, order_for_tolerance
+from .model import compare, distill
+from .report import Calibration, DistillationReport, LayerReport
+
+
+__all__ = [
+    "Calibration",
+    "DistillationReport",
+    "FitReport",
+    "LayerReport",
+    "compare",
+    "distill",
+    "fit_modal",
+    "hankel_singular_values",
+    "order_for_tolerance",
+]

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Residues for given poles, and poles that are better than those one starts from.
+
+Residues are a linear least-squares problem. Its normal equations have closed-form Gram matrices (`modes.py`);
+refinement on the residual of all taps gives back what they lose (corrected seminormal equations, Bjorck 1987), and
+where the condition of the scaled columns is above 1e5 (1e10 for the Gram matrix) an orthogonal factorisation of the
+columns takes over.
+
+Poles are refined by variable projection (Golub and Pereyra 1973) in Kaufman's approximation (1975): a
+Levenberg-Marquardt step of poles and residues together that damps the poles only, then residues anew. Poles move in
+log(-log r) and angle, so none leaves the unit disc and slow ones move as freely as fast ones. Each channel has a
+damping of its own and ends by itself.
+
+C channels, N modes, M taps behind lag 0.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .modes import (
+    FASTEST,
+    NOTHING,
+    PAIR,
+    REAL,
+    SLOWEST,
+    UNUSED,
+    Modes,
+    Powers,
+    Taps,
+    flat,
+    gram,
+    joint_gram,
+    moments,
+    packed,
+    powers,
+    response,
+    widened,
+)
+
+
+_JITTER = 1e-14  # on the unit diagonal of a scaled Gram matrix: as good as its entries are
+_WORST_CONDITION = 1e10
+_RCOND = 1e-13
+_GIVE_UP = 1e7  # damping
+_STALLED = 1e-4  # relative gain of three steps together
+
+
+def column_mask(kind: Tensor) -> Tensor:
+    """Which of the columns Re z^t, -Im z^t are free, (C, 2 N)."""
+    return torch.cat([kind != UNUSED, kind == PAIR], dim=1)
+
+
+def _solve(matrix: Tensor, right: Tensor, mask: Tensor, damping: Tensor | None = None) -> Tensor:
+    """Scaled, damped normal equations; 0 where the mask is False, and in channels that are singular even so.
+
+    Args:
+        matrix: (C, n, n) symmetric.
+        right: (C, n).
+        mask: (C, n).
+        damping: Added to the unit diagonal of the scaled matrix, (C, n).
+    """
+    both = mask.unsqueeze(1) & mask.unsqueeze(2)
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    scale = torch.where(mask & (diagonal > 0), diagonal.clamp(min=1e-300).rsqrt(), 1.0)
+    scaled = torch.where(both, matrix * scale.unsqueeze(1) * scale.unsqueeze(2), 0)
+    scaled.diagonal(dim1=1, dim2=2).copy_((torch.ones_like(right) if damping is None else 1 + damping) + _JITTER)
+    factor, _ = torch.linalg.cholesky_ex(torch.nan_to_num(scaled))
+    found = torch.cholesky_solve((right * scale * mask).unsqueeze(-1), factor).squeeze(-1) * scale
+    return torch.where(mask & torch.isfinite(found), found, 0)
+
+
+def _as_columns(moment: Tensor) -> Tensor:
+    """Complex moments (C, n) as products with the real columns, (C, 2 n)."""
+    return torch.cat([moment.real, -moment.imag], dim=1)
+
+
+def _as_residues(coefficients: Tensor) -> Tensor:
+    return torch.complex(*coefficients.chunk(2, dim=1))
+
+
+class Fit(NamedTuple):
+    """Modes with their residual (C, rows, B) and its sum of squares (C,)."""
+
+    modes: Modes
+    residual: Tensor
+    cost: Tensor
+
+    def rows(self, index: Tensor) -> "Fit":
+        """Some channels."""
+        return Fit(self.modes.rows(index), self.residual[index], self.cost[index])
+
+    def replaced(self, index: Tensor, other: "Fit") -> "Fit":
+        """With others in some channels."""
+        residual = self.residual.index_copy(0, index, other.residual)
+        return Fit(self.modes.replaced(index, other.modes), residual, self.cost.index_copy(0, index, other.cost))
+
+
+def stacked(fits: Sequence[Fit]) -> Fit:
+    """Fits of the same taps as further channels."""
+    width = max(fit.modes.kind.shape[1] for fit in fits)
+    modes = Modes(*(torch.cat(parts) for parts in zip(*(widened(fit.modes, width) for fit in fits), strict=True)))
+    return Fit(modes, torch.cat([fit.residual for fit in fits]), torch.cat([fit.cost for fit in fits]))
+
+
+def _corrected(taps: Taps, modes: Modes, power: Powers, rounds: int) -> tuple[Fit, Tensor]:
+    """Least squares from the residues that there are; also the Gram matrix."""
+    mask = column_mask(modes.kind)
+    matrix = gram(modes.log_pole, taps.length)
+    residue = modes.residue
+    residual = taps.blocks - response(power, residue, taps.length)
+    for _ in range(rounds):
+        moment, _ = moments(power, residual)
+        change = _as_residues(_solve(matrix, _as_columns(moment), mask))
+        residue = residue + change
+        residual = residual - response(power, change, taps.length)
+    return Fit(modes._replace(residue=residue), residual, residual.square().sum(dim=(1, 2))), matrix
+
+
+def least_squares(taps: Taps, modes: Modes) -> Fit:
+    """The best residues for the poles of `modes`."""
+    if modes.kind.shape[1] == 0:
+        return Fit(modes, taps.blocks, taps.energy)
+    power = powers(modes.log_pole, taps.blocks)
+    start = modes._replace(residue=torch.zeros_like(modes.residue))
+    fit, matrix = _corrected(taps, start, power, rounds=3)
+    mask = column_mask(modes.kind)
+    diagonal = torch.where(mask, matrix.diagonal(dim1=1, dim2=2), 1).clamp(min=1e-300).rsqrt()
+    both = mask.unsqueeze(1) & mask.unsqueeze(2)
+    scaled = torch.where(both, matrix * diagonal.unsqueeze(1) * diagonal.unsqueeze(2), 0)
+    scaled.diagonal(dim1=1, dim2=2).fill_(1)
+    spectrum = torch.linalg.eigvalsh(torch.nan_to_num(scaled))
+    bad = torch.isnan(fit.cost) | (spectrum[:, 0] * _WORST_CONDITION < spectrum[:, -1])
+    residue, residual = fit.modes.residue.clone(), fit.residual.clone()
+    for channel in bad.nonzero().flatten().tolist():
+        one = slice(channel, channel + 1)
+        residue[one] = _orthogonal(taps, power, mask, channel)
+        residual[one] = taps.blocks[one] - response(Powers(*(p[one] for p in power)), residue[one], taps.length)
+    return Fit(modes._replace(residue=residue), residual, residual.square().sum(dim=(1, 2)))
+
+
+def _orthogonal(taps: Taps, power: Powers, mask: Tensor, channel: int) -> Tensor:
+    """Least squares of one channel by QR, directions below 1e-13 of the largest left out: (1, N) complex."""
+    table = power.coarse[channel].unsqueeze(-1) * power.fine[channel].unsqueeze(-2)  # (N, rows, B)
+    columns = flat(table, taps.length).mT
+    columns = torch.cat([columns.real, -columns.imag], dim=1)[:, mask[channel]]
+    size = columns.norm(dim=0).clamp(min=1e-300)
+    q, r = torch.linalg.qr(columns / size)
+    target = q.mT @ flat(taps.blocks[channel : channel + 1], taps.length)[0]
+    u, s, vh = torch.linalg.svd(r)
+    inverse = torch.where(s > _RCOND * s[0], 1 / s, 0) if len(s) else s
+    found = torch.zeros(mask.shape[1], dtype=torch.float64, device=columns.device)
+    found[mask[channel]] = vh.mT @ (inverse * (u.mT @ target)) / size
+    return _as_residues(found.unsqueeze(0))
+
+
+def _step(fit: Fit, taps: Taps, power: Powers, damping: Tensor) -> Modes:
+    """One damped step of poles and residues."""
+    log_pole, residue, kind = fit.modes
+    moment, slope = moments(power, fit.residual, slopes=True)
+    assert slope is not None  # noqa: S101 (asked for; narrows the type)
+    matrix = joint_gram(log_pole, residue, taps.length)
+    right = _as_columns(torch.cat([moment, residue * slope], dim=1))
+    used, pair = (kind != UNUSED), (kind == PAIR)
+    mask = torch.cat([used, used, pair, pair], dim=1)
+    nonlinear = torch.cat([torch.zeros_like(used), used, torch.zeros_like(used), pair], dim=1)
+    found = _solve(matrix, right, mask, nonlinear * damping.unsqueeze(1))
+    change = _as_residues(found)
+    residue_change, pole_change = change.chunk(2, dim=1)
+    rate = -log_pole.real
+    nu = rate.clamp(min=1e-300).log() + (-pole_change.real / rate.clamp(min=1e-300)).clamp(-2, 2)
+    moved = torch.complex(-nu.clamp(SLOWEST, FASTEST).exp(), log_pole.imag + pole_change.imag)
+    log_pole = torch.where(used, moved, log_pole)
+    return Modes(log_pole, residue + residue_change, kind)
+
+
+def polish(taps: Taps, fit: Fit, steps: int) -> Fit:
+    """At most so many damped steps; a channel ends early where they gain nothing any more."""
+    active = torch.arange(len(fit.cost), device=fit.cost.device)
+    damping = torch.full_like(fit.cost, 1e-2)
+    history = [fit.cost]
+    result = fit
+    for _ in range(steps):
+        if len(active) == 0:
+            break
+        some, part = taps.rows(active), result.rows(active)
+        power = powers(part.modes.log_pole, some.blocks)
+        moved = _step(part, some, power, damping[active])
+        tried, _ = _corrected(some, moved, powers(moved.log_pole, some.blocks), rounds=1)
+        better = tried.cost < part.cost
+        damping[active] = torch.where(better, damping[active] / 5, damping[active] * 4).clamp(min=1e-12)
+        result = result.replaced(active[better], tried.rows(better))
+        history.append(result.cost)
+        stalled = torch.zeros_like(better)
+        if len(history) > 4:
+            before, now = history[-5][active], result.cost[active]
+            stalled = (before - now <= _STALLED * before) & (damping[active] > 1e-3)
+        floor = result.cost[active] <= 1e-30 * taps.energy[active]
+        active = active[~(stalled | floor | (damping[active] > _GIVE_UP))]
+    return result
+
+
+def removal_costs(taps: Taps, modes: Modes) -> Tensor:
+    """How much the sum of squares grows when a slot goes and the other residues adapt, (C, N); inf where unused.
+
+    With G the Gram matrix, r_s the residue of a slot and B_s its block of G^-1: r_s^T B_s^-1 r_s.
+    """
+    count = modes.kind.shape[1]
+    mask = column_mask(modes.kind)
+    matrix = gram(modes.log_pole, taps.length)
+    eye = torch.eye(2 * count, dtype=torch.float64, device=matrix.device)
+    inverse = torch.stack([_solve(matrix, row.expand(len(matrix), -1), mask) for row in eye], dim=1)
+    slot = torch.arange(count, device=matrix.device)
+    re, im, cross = inverse[:, slot, slot], inverse[:, slot + count, slot + count], inverse[:, slot, slot + count]
+    a, b = modes.residue.real, modes.residue.imag
+    single = a.square() / re
+    double = (im * a.square() - 2 * cross * a * b + re * b.square()) / (re * im - cross.square())
+    found = torch.where(modes.kind == PAIR, double, single)
+    return torch.where(modes.kind == UNUSED, torch.inf, torch.nan_to_num(found, nan=0.0).clamp(min=0))
+
+
+def _dropped(modes: Modes, slots: Tensor) -> Modes:
+    """Without one slot of each channel."""
+    chosen = torch.zeros_like(modes.kind, dtype=torch.bool).scatter_(1, slots.unsqueeze(1), True)
+    log_pole = torch.where(chosen, torch.full_like(modes.log_pole, NOTHING), modes.log_pole)
+    return Modes(log_pole, torch.where(chosen, 0, modes.residue), torch.where(chosen, UNUSED, modes.kind))
+
+
+def prune(taps: Taps, fit: Fit, states: int, steps: int) -> Fit:
+    """Remove the slot that costs least for each state until no channel has more than `states`, refining in between."""
+    fit = polish(taps, fit, steps)
+    while len(index := (fit.modes.states > states).nonzero().flatten()):
+        some, modes = taps.rows(index), fit.modes.rows(index)
+        excess = modes.states - states
+        cost = removal_costs(some, modes) / modes.kind.clamp(min=1)
+        real = torch.where(modes.kind == REAL, cost, torch.inf)
+        one = (excess == 1) & torch.isfinite(real.amin(dim=1))  # a pair would leave a state unused
+        slots = torch.where(one.unsqueeze(1), real, cost).argmin(dim=1)
+        fit = fit.replaced(index, polish(some, least_squares(some, _dropped(modes, slots)), steps))
+    return fit._replace(modes=packed(fit.modes))
