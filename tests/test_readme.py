@@ -39,8 +39,18 @@ def test_the_python_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "my-hyena" / "model.safetensors").exists()
 
 
-def test_the_example_of_long_inputs_runs_as_it_stands(capsys):
-    section = (ROOT / "README.md").read_text().split("## Long inputs and other runtimes")[1]
+def run_example(heading):
+    """Execute the Python block of a section."""
+    section = (ROOT / "README.md").read_text().split(f"## {heading}")[1]
     (example,) = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], flags=re.DOTALL)
     exec(compile(example, "README.md", "exec"), {})
+
+
+def test_the_example_of_distillation_runs_as_it_stands(capsys):
+    run_example("Distil a trained model")
+    assert "calibration tokens: KL" in capsys.readouterr().out
+
+
+def test_the_example_of_long_inputs_runs_as_it_stands(capsys):
+    run_example("Long inputs and other runtimes")
     assert capsys.readouterr().out.count("torch.Size") == 3
