@@ -37,7 +37,7 @@ Page = tuple[list[str], dict[str, Figure]]
 SIZES = 16, 32
 RATES = 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1
 STARTS: tuple[Start, ...] = ("spectrum", "random")
-STEPS, LONGER = 1500, 4000
+STEPS, LONGER = 1500, 6000
 LAYERS, FILTERS, TAPS = 18, 864, 2048
 
 

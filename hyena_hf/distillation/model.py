@@ -254,7 +254,8 @@ def _report(layer: int, size: int, h: Tensor, fit: _Fit) -> LayerReport:
 
 def _response(fit: _Fit, channel: int, length: int) -> Tensor:
     """Taps (length,) of one fitted filter."""
-    powers = fit.poles[channel] ** torch.arange(max(length - 1, 0)).unsqueeze(-1)
+    poles = torch.where(fit.poles[channel] == 0, 1, fit.poles[channel])  # 0^0 is no number; residues are 0 there
+    powers = poles ** torch.arange(max(length - 1, 0)).unsqueeze(-1)
     return torch.cat([fit.direct[channel : channel + 1], (powers @ fit.residues[channel]).real])
 
 
