@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 DECODE_CACHES = ("auto", "history", "online")
 
-# Tokens of a whole sequence from which on tiles are faster, see benchmarks/results/generate.md; but a few new tokens
-# do not pay for them.
+# Tokens of a whole sequence from which on tiles are faster (benchmarks/bench_generate.py, section `online`); but a few
+# new tokens do not pay for them.
 CROSSOVER, FEW = 256, 16
 
 
