@@ -483,7 +483,7 @@ class ModalFilter(LongFilter):
         exponent = torch.linspace(0, 1, heads, dtype=torch.float64).unsqueeze(-1)
         constants = 4 * (max(self.trained_length, 8) / 4) ** exponent
         angles = math.pi * (torch.arange(poles, dtype=torch.float64) + 0.5) / max(poles, 1)
-        return (-1 / constants).expand(shape), angles.expand(shape)
+        return (-1 / constants).expand(shape).contiguous(), angles.expand(shape).contiguous()
 
     def taps(self, length: int, reverse: bool) -> Tensor:  # noqa: ARG002 (`forward` has refused)
         """The impulse response."""

@@ -22,7 +22,7 @@ from hyena_hf.ops.modal import (
     read_out,
 )
 from tests import oracles
-from tests.models import config_of
+from tests.models import config_of, new_model, tokens
 
 
 def draw(heads=6, poles=5, longest=200.0, seed=0):
@@ -139,3 +139,27 @@ def test_gradients_of_a_modal_filter_are_those_of_its_formula():
     truth = torch.autograd.grad((torch.cat([direct.unsqueeze(1), tail], 1) * weight).sum(), inputs)
     for one, other in zip(found, truth, strict=True):
         assert (one - other).abs().max() <= 1e-5 * other.abs().max()  # rounding of poles is straight-through
+
+
+def test_a_modal_filter_made_in_float64_can_be_initialised():
+    """Its parameters once were views of fewer numbers."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        modal = ModalFilter(config_of("modal"), 0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        modal.log_radius.copy_(modal.log_radius - 1)
+        modal.angle.mul_(2)
+    assert modal.log_radius.dtype == torch.float64
+
+
+def test_a_model_of_modal_filters_in_float64_exports_for_any_length():
+    """An empty state once asked for its size, which a graph cannot know."""
+    model = new_model("modal", torch.float64).requires_grad_(False)
+    length = torch.export.Dim("length", min=2, max=100)
+    inputs = {"input_ids": tokens(1, 20), "use_cache": False}
+    exported = torch.export.export(model, (), inputs, dynamic_shapes={"input_ids": {1: length}, "use_cache": None})
+    for count in (2, 77):
+        ids = tokens(1, count)
+        assert (exported.module()(input_ids=ids, use_cache=False).logits - model(ids).logits).abs().max() <= 1e-10

@@ -55,6 +55,7 @@ class ModalState(History):
         self.system: ModalSystem | None = None  # of the filter, once for all calls
         self.step: ModalStep | None = None
         self.direct: Tensor | None = None  # (C,): the filter's tap at lag 0
+        self.source: tuple[Evaluable, int, int, Tensor] | None = None  # of these three, until the first commit
 
     def _state(self, w: Tensor, channels: int) -> Tensor | None:
         """The state (B, d, C), after checking that it is of the same batch and dtype; None before the first commit."""
@@ -80,19 +81,33 @@ class ModalState(History):
     def respond(self, w: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor:
         """Convolution of everything up to each new input; arguments as in `ExactHistory.respond`."""
         channels, new = w.shape[1:]
-        system, step = self._prepare(long_filter, index, channels, w)
         state = self._state(w, channels)
-        if new == 1 and state is not None:
+        if state is None:  # nobody may ever commit: an exported graph could not ask how large a state is
+            self.source = long_filter, index, channels, w
+            return self._alone(w, taps, long_filter, index, direct)
+        system, step = self._prepare(long_filter, index, channels, w)
+        if new == 1:
             assert self.direct is not None  # noqa: S101 (set by `_prepare`)
             at_once = self.direct + direct.to(w.dtype).repeat_interleave(channels // len(direct))
             return torch.addcmul(read_out(state, step), w[..., 0], at_once).unsqueeze(-1)
-        h = taps.rising(long_filter, index, new)
-        y = causal_fftconv(w, h, direct.to(h.dtype), exact=self.exact or is_short(new), check_finite=False)
-        return y if state is None else y + modal_response(state, new, system)
+        return self._alone(w, taps, long_filter, index, direct) + modal_response(state, new, system)
+
+    def _alone(self, w: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor:
+        """Convolution of the new inputs."""
+        h = taps.rising(long_filter, index, w.shape[-1])
+        exact = self.exact or is_short(w.shape[-1])
+        return causal_fftconv(w, h, direct.to(h.dtype), exact=exact, check_finite=False)
+
+    def _prepare_to_commit(self) -> None:
+        if self.system is None:
+            assert self.source is not None  # noqa: S101 (`respond` came first)
+            self._prepare(*self.source)
+        self.source = None
 
     def commit(self, w: Tensor, counts: Tensor | None) -> None:
         """Fold inputs w (B, C, n) into the state; of row b only the first counts[b] (None: all)."""
-        assert self.system is not None and self.step is not None  # noqa: S101, PT018 (`respond` came first)
+        self._prepare_to_commit()
+        assert self.system is not None and self.step is not None  # noqa: S101, PT018 (narrows the types)
         state = self.buffer
         if counts is None and w.shape[-1] == 1 and state is not None:
             following = advance_one(state, w[..., 0], self.step)
@@ -134,17 +149,18 @@ class HeadModalState(ModalState):
         """MultiHyena convolution; w holds queries, keys and values (B, 3 D, n), the rest as in `HeadHistory`."""
         q, kv = w[:, : self.queries], w[:, self.queries :]
         channels = self.queries * (self.queries // self.heads)
-        system, step = self._prepare(long_filter, index, channels, w)
         state = self._state(w, channels)
-        if w.shape[-1] == 1 and state is not None:
+        k, v = kv.chunk(2, dim=1)
+        if state is None:
+            self.source = long_filter, index, channels, w
+            return multihead_conv(q, k, v, taps.rising(long_filter, index, w.shape[-1]), direct)
+        system, step = self._prepare(long_filter, index, channels, w)
+        if w.shape[-1] == 1:
             assert self.direct is not None  # noqa: S101 (set by `_prepare`)
             at_once = self.direct + direct.to(w.dtype).repeat_interleave(channels // len(direct))
             z = torch.addcmul(read_out(state, step), self._products(kv)[..., 0], at_once)
             return self._ask(q, z.unsqueeze(-1))
-        k, v = kv.chunk(2, dim=1)
         y = multihead_conv(q, k, v, taps.rising(long_filter, index, w.shape[-1]), direct)
-        if state is None:
-            return y
         pieces = []
         for part in q.split(_BLOCK, dim=-1):
             pieces.append(self._ask(part, modal_response(state, part.shape[-1], system)))
@@ -153,6 +169,7 @@ class HeadModalState(ModalState):
 
     def commit(self, w: Tensor, counts: Tensor | None) -> None:
         """Fold keys and values into the state, a block of outer products after the other."""
+        self._prepare_to_commit()
         if counts is not None:
             # nothing comes before a row's tokens: its keys and values are moved, its products are zero there
             shifted = shift_right(w[:, self.queries :], w.shape[-1] - counts)
