@@ -141,7 +141,7 @@ def _in_layout_of(x: Tensor, grad: Tensor) -> Tensor:
 
 
 def _wide(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Taps (C, K) with one tap of all channels contiguous: products along channels are 4 times slower otherwise."""
+    """Taps (C, K) with one tap of all channels contiguous: products along channels are not vectorised otherwise."""
     return weight.to(dtype).mT.contiguous().mT
 
 

@@ -62,7 +62,7 @@ def fft_length(length: int, taps: int) -> int:
 _HEAD, _SHORTEST_HEAD = 32, 128
 
 
-# Rows below which a real transform costs twice as much a row, or more.
+# Rows below which a real transform costs clearly more a row; a single one several times as much.
 _FEW = 8
 
 
