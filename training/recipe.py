@@ -32,7 +32,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from training.data import PackedRows, collate_rows
-from training.trainer import STAGING, STATE_FILE, HyenaTrainer, last_good_checkpoint, publish
+from training.trainer import STAGING, STATE_FILE, HyenaTrainer, Penalty, last_good_checkpoint, publish
 
 
 RESULT_FILE = "result.json"
@@ -95,6 +95,7 @@ def train(
     output_dir: Path,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    penalty: Penalty | None = None,
 ) -> TrainingResult:
     """Train a causal language model in place, or go on with a run that was interrupted; works under torchrun.
 
@@ -104,6 +105,8 @@ def train(
         output_dir: holds everything about this run; another run needs another folder.
         recipe: see `Recipe`.
         tokenizer: saved with the model.
+        penalty: added to the training loss, as `hyena_hf.distillation.HankelPenalty(0.1)` for filters that few states
+            hold; a resumed run must have one of the same `repr`.
 
     Raises:
         ValueError: the folder belongs to a run with another recipe, model or data.
@@ -111,9 +114,9 @@ def train(
         CheckpointError: a checkpoint could not be written (full disk).
     """
     output_dir = Path(output_dir)
-    trainer = _make_trainer(model, train_rows, validation_rows, output_dir, recipe, tokenizer)
+    trainer = _make_trainer(model, train_rows, validation_rows, output_dir, recipe, tokenizer, penalty)
     if trainer.is_world_process_zero():
-        _claim(output_dir, model, train_rows, recipe)
+        _claim(output_dir, model, train_rows, recipe, penalty)
     trainer.accelerator.wait_for_everyone()
     if (output_dir / RESULT_FILE).exists():
         model.load_state_dict(type(model).from_pretrained(output_dir / "model").state_dict())
@@ -137,6 +140,7 @@ def _make_trainer(
     output_dir: Path,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase | None,
+    penalty: Penalty | None,
 ) -> HyenaTrainer:
     arguments = TrainingArguments(
         output_dir=str(output_dir),
@@ -170,6 +174,7 @@ def _make_trainer(
         model,
         arguments,
         filter_learning_rate=recipe.filter_learning_rate,
+        penalty=penalty,
         train_dataset=train_rows,
         eval_dataset=validation_rows,
         data_collator=collate_rows,
@@ -180,7 +185,9 @@ def _make_trainer(
     return trainer
 
 
-def _claim(output_dir: Path, model: PreTrainedModel, train_rows: PackedRows, recipe: Recipe) -> None:
+def _claim(
+    output_dir: Path, model: PreTrainedModel, train_rows: PackedRows, recipe: Recipe, penalty: Penalty | None
+) -> None:
     """Write down what this run is; refuse a folder in which another run was begun."""
     shapes = "".join(f"{name}{tuple(parameter.shape)}" for name, parameter in model.named_parameters())
     this = {
@@ -191,6 +198,7 @@ def _claim(output_dir: Path, model: PreTrainedModel, train_rows: PackedRows, rec
         "length": train_rows.length,
         "tokens": train_rows.num_tokens,
         "data_digest": train_rows.digest(),
+        "penalty": None if penalty is None else repr(penalty),
     }
     path = output_dir / "recipe.json"
     if path.exists():

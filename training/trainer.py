@@ -16,7 +16,7 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 STAGING = "incomplete"  # beside the checkpoints; its name must not begin with "checkpoint-"
 STATE_FILE = "trainer_state.json"
 
+Penalty = Callable[[Any], torch.Tensor]  # of a model
+
 
 class CheckpointError(OSError):
     """A checkpoint could not be written; the ones before it are intact."""
@@ -48,6 +50,8 @@ class HyenaTrainer(Trainer):
             field (attention models read packed position ids only then), and the configuration is left as it was.
         args: as for Trainer.
         filter_learning_rate: of the long filters' parameters; None means `args.learning_rate`.
+        penalty: what is added to the loss of every step, from the model alone (`HankelPenalty`); losses that are
+            logged are without it.
         **kwargs: as for Trainer.
     """
 
@@ -57,9 +61,11 @@ class HyenaTrainer(Trainer):
         args: TrainingArguments,
         *,
         filter_learning_rate: float | None = None,
+        penalty: Penalty | None = None,
         **kwargs: Any,
     ) -> None:
         self.filter_learning_rate = filter_learning_rate
+        self.penalty = penalty
         self.clock = StepClock()
         self._staging: Path | None = None
         configured = vars(model.config).get("use_cache")
@@ -106,6 +112,10 @@ class HyenaTrainer(Trainer):
         """Forward and backward; a loss that is not finite stops training before the update."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._require_finite(loss, "loss")
+        if self.penalty is not None:
+            # every process has the same weights, so its own gradient is that of all
+            added = self.penalty(self.accelerator.unwrap_model(model)) / self.current_gradient_accumulation_steps
+            self.accelerator.backward(added)
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

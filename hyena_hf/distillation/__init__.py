@@ -3,9 +3,11 @@
 
 - `distill`: a trained model into one that generates in constant memory, with a `DistillationReport`.
 - `fit_modal`: poles and residues of filters, with a `FitReport`.
+- `HankelPenalty`, `RoughnessPenalty`: for training losses, so that few states hold the filters that come out.
 - `hankel_singular_values`, `order_for_tolerance`: how many states a filter needs.
 """
 
+from .compressibility import HankelPenalty, RoughnessPenalty
 from .fit import FitReport, fit_modal
 from .hankel import hankel_singular_values, order_for_tolerance
 from .model import compare, distill
@@ -16,7 +18,9 @@ __all__ = [
     "Calibration",
     "DistillationReport",
     "FitReport",
+    "HankelPenalty",
     "LayerReport",
+    "RoughnessPenalty",
     "compare",
     "distill",
     "fit_modal",

@@ -45,6 +45,11 @@ def _dense(taps: Tensor, size: int) -> Tensor:
     return taps.unfold(1, size, 1)[:, :size].contiguous()
 
 
+def hankel_columns(taps: Tensor, columns: Tensor) -> Tensor:
+    """H times columns, for taps (C, 2 n - 1) and columns (C, k, n)."""
+    return _product(torch.fft.rfft(taps, n=2 * columns.shape[-1]), columns)
+
+
 def _product(spectrum: Tensor, columns: Tensor) -> Tensor:
     """H times columns (C, k, n), given the transform of taps in 2 n numbers."""
     size = columns.shape[-1]
@@ -53,7 +58,7 @@ def _product(spectrum: Tensor, columns: Tensor) -> Tensor:
     return torch.fft.irfft(turned * spectrum.unsqueeze(1), n=2 * size)[..., size - 1 : 2 * size - 1]
 
 
-def _orthonormal(columns: Tensor) -> Tensor:
+def orthonormal_rows(columns: Tensor) -> Tensor:
     """Rows of (C, k, n) made orthonormal."""
     return torch.linalg.qr(columns.mT).Q.mT
 
@@ -77,9 +82,9 @@ def hankel_factors(taps: Tensor, size: int, count: int) -> HankelFactors:
     block = start.to(taps.device).expand(len(taps), -1, -1)
     space = []
     for _ in range(_BLOCKS):
-        block = _orthonormal(_product(spectrum, block))
+        block = orthonormal_rows(_product(spectrum, block))
         space.append(block)
-    basis = _orthonormal(torch.cat(space, dim=1))
+    basis = orthonormal_rows(torch.cat(space, dim=1))
     image = _product(spectrum, basis)
     values, turns = torch.linalg.eigh(basis @ image.mT)
     order = values.abs().argsort(dim=1, descending=True)[:, :count]
@@ -142,4 +147,12 @@ def order_for_tolerance(sigma: Tensor, tolerance: float) -> Tensor:
     return (sigma > tolerance * sigma[..., :1]).sum(dim=-1)
 
 
-__all__ = ["HankelFactors", "hankel_factors", "hankel_singular_values", "order_for_tolerance", "window_size"]
+__all__ = [
+    "HankelFactors",
+    "hankel_columns",
+    "hankel_factors",
+    "hankel_singular_values",
+    "order_for_tolerance",
+    "orthonormal_rows",
+    "window_size",
+]
