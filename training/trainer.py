@@ -27,6 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
+from hyena_hf.filters import ModalFilter
 from training.parameter_groups import get_parameter_groups
 
 
@@ -69,7 +70,7 @@ class HyenaTrainer(Trainer):
         self.clock = StepClock()
         self._staging: Path | None = None
         configured = vars(model.config).get("use_cache")
-        super().__init__(model, args, callbacks=[self.clock, *kwargs.pop("callbacks", [])], **kwargs)
+        super().__init__(model, args, callbacks=[self.clock, StablePoles(), *kwargs.pop("callbacks", [])], **kwargs)
         self._fixed_inputs: dict[str, Any] = {} if configured is None else {"use_cache": False}
         model.config.use_cache = configured  # Trainer has put its own choice there, and would save it with the model
         if configured is None:
@@ -216,6 +217,16 @@ class StepClock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Stop the clock."""
         self.seconds += time.perf_counter() - self._begun
+
+
+class StablePoles(TrainerCallback):
+    """Poles of modal filters that an update has pushed out of the unit disc go back to its edge."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Project the filters of the model."""
+        for module in kwargs["model"].modules():
+            if isinstance(module, ModalFilter):
+                module.project_()
 
 
 def publish(staged: Path, target: Path) -> None:
