@@ -30,6 +30,9 @@ def add_parser(commands: Any) -> None:
     sizes.add_argument("--state-size", type=int, help="real numbers that a filter may remember (default 16)")
     sizes.add_argument("--tolerance", type=float, help="largest relative l2 error of a filter, in place of a size")
     parser.add_argument("--calibrate", type=Path, metavar="TEXT", help="file on which both models are compared")
+    parser.add_argument(
+        "--weighted", action="store_true", help="fit for the frequencies that filters meet on that text; slower"
+    )
     parser.add_argument("--tokens", type=int, default=16384, help="of it that are used (default 16384)")
     parser.set_defaults(run=run)
 
@@ -40,6 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     from hyena_hf.distillation import distill
 
+    if arguments.weighted and arguments.calibrate is None:
+        raise ValueError("--weighted needs a text to measure on; add --calibrate TEXT")
     work = claim(arguments.target)
     model: Any = AutoModelForCausalLM.from_pretrained(arguments.source).eval()
     tokenizer = _tokenizer(arguments.source)
@@ -52,6 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
         state_size=arguments.state_size,
         tolerance=arguments.tolerance,
         calibration=calibration,
+        weighted=arguments.weighted,
         work_dir=work,
         progress=sys.stderr.isatty(),
     )

@@ -5,10 +5,10 @@
 
     tail = sum_{i>d} sigma_i^2 / sum_i sigma_i^2 = min_V ||H - H V V^T||^2 / ||H||^2,    V (n, d) orthonormal
 
-(Eckart and Young 1936), the quantity of the lower bound in `certificates.py`. At the best V the gradient is that of the
-quotient with V held fixed, so that V comes from a few products with H and no decomposition is differentiated. That
-Hankel singular values in a training loss make state-space layers compressible is known for layers that are recurrences
-already (arXiv 2510.22951); here they are those of long filters.
+(Eckart and Young 1936), the quantity of the lower bound in `certificates.py`. At the best V the gradient is that of
+the quotient with V held fixed, so that V comes from a few products with H and no decomposition is differentiated.
+Hankel singular values in a training loss make layers compressible that are recurrences already (arXiv 2510.22951);
+here they are those of long filters.
 
 `roughness` is a cheaper one: the energy of differences of neighbouring taps.
 

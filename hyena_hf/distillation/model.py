@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +31,7 @@ from hyena_hf.ops.modal import NO_POLE
 from .fit import FitReport, fit_modal
 from .hankel import hankel_singular_values, window_size
 from .report import Calibration, DistillationReport, LayerReport, Sample
+from .spectra import input_spectra
 
 
 Model = TypeVar("Model", bound=HyenaPreTrainedModel)
@@ -56,6 +57,7 @@ def distill(
     state_size: int | Sequence[int] | None = None,
     tolerance: float | None = None,
     calibration: Tensor | Iterable[Tensor] | None = None,
+    weighted: bool = False,
     work_dir: str | Path | None = None,
     progress: bool = False,
 ) -> tuple[Model, DistillationReport]:
@@ -64,9 +66,12 @@ def distill(
     Args:
         model: A causal Hyena model; layers of attention stay as they are, and so does the model itself.
         state_size: Real numbers that a filter may remember: one value (16 where nothing is said), or one a layer.
-        tolerance: Relative l2 error that every filter must keep, in place of `state_size`; each layer gets the
-            smallest size that keeps it. Where none does, up to 64, a warning names the filters.
+        tolerance: Relative error that every filter must keep (l2 of taps, or of outputs if `weighted`), in place of
+            `state_size`; each layer gets the smallest size that keeps it. Where none does, up to 64, a warning names
+            the filters.
         calibration: Token ids (B, L), or batches of them, on which both models are compared.
+        weighted: Fit for the spectra that the inputs of convolutions have on the calibration set (`input_spectra`), in
+            place of all frequencies alike. About ten times as slow; batches are held in memory.
         work_dir: Folder for finished layers: a call that was killed goes on there.
         progress: Show a progress bar (needs tqdm).
 
@@ -82,24 +87,32 @@ def distill(
     """
     layers = _layers_to_distil(model)
     _check_arguments(model, state_size, tolerance)
+    if weighted and calibration is None:
+        raise ValueError("weighted fits need the spectra of inputs; give a calibration set")
     sizes = dict.fromkeys(layers, 16) if state_size is None else _by_layer(state_size, layers)
     batches = None if calibration is None else _checked(calibration)
     folder = None if work_dir is None else Path(work_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+    spectra: dict[int, Tensor] = {}
+    if weighted and batches is not None:
+        batches = list(batches)
+        spectra = input_spectra(model, batches)
     fits, reports = {}, []
     for layer in _shown(layers, progress):
         h = _taps(model, layers[layer])
         choices = _SIZES if tolerance is not None else (sizes[layer],)
-        fit, size = _fit_layer(h, choices, tolerance, None if folder is None else folder / f"layer_{layer}")
+        path = None if folder is None else folder / f"layer_{layer}"
+        fit, size = _fit_layer(h, spectra.get(layer), choices, tolerance, path)
         fits[layer], sizes[layer] = fit, size
         reports.append(_report(layer, size, h, fit))
     student = _with_modal_filters(model, fits, sizes)
-    report = DistillationReport(reports, tolerance, None if batches is None else compare(model, student, batches))
+    calibrated = None if batches is None else compare(model, student, batches)
+    report = DistillationReport(reports, tolerance, calibrated, weighted)
     if missed := report.missed():
         warnings.warn(
             f"{len(missed)} filters miss the tolerance of {tolerance:g} with up to {_SIZES[-1]} states, the worst by "
-            f"{max(float(one.filters.relative_l2.max()) for one in reports):.3g}; see the report, and keep the "
+            f"{max(float(one.filters.relative_output.max()) for one in reports):.3g}; see the report, and keep the "
             f"original model where its logits matter",
             stacklevel=2,
         )
@@ -159,22 +172,32 @@ def _taps(model: HyenaPreTrainedModel, mixer: HyenaMixer) -> Tensor:
     return long_filter(model.config.max_position_embeddings).flatten(0, 1).double().cpu()
 
 
-def _fit_layer(h: Tensor, sizes: Sequence[int], tolerance: float | None, path: Path | None) -> tuple[_Fit, int]:
+def _fit_layer(
+    h: Tensor, spectrum: Tensor | None, sizes: Sequence[int], tolerance: float | None, path: Path | None
+) -> tuple[_Fit, int]:
     """The fit of taps (C, L) with the smallest size that keeps the tolerance, from a file where there is one."""
-    mark = hashlib.sha256(h.numpy().tobytes() + repr((tuple(sizes), tolerance)).encode()).hexdigest()
+    mark = _mark(h, spectrum, sizes, tolerance)
     if path is not None and (found := _read(path.with_suffix(".safetensors"), mark)) is not None:
         return found
-    fit, size = _Fit(*fit_modal(h, state_size=min(sizes[0], _most(h)))), sizes[0]
+    fit, size = _Fit(*fit_modal(h, state_size=min(sizes[0], _most(h)), spectrum=spectrum)), sizes[0]
     for size in sizes[1:]:
-        short = (fit.report.relative_l2 > (tolerance or 0)).nonzero().flatten()
+        short = (fit.report.relative_output > (tolerance or 0)).nonzero().flatten()
         if not len(short) or size > _most(h):
             break
-        better = _Fit(*fit_modal(h[short], state_size=size))
+        better = _Fit(*fit_modal(h[short], state_size=size, spectrum=None if spectrum is None else spectrum[short]))
         fit = _replaced(fit, short, better)
     size = max(1, int(fit.report.states.max()))
     if path is not None:
         _write(path.with_suffix(".safetensors"), fit, size, mark)
     return fit, size
+
+
+def _mark(h: Tensor, spectrum: Tensor | None, sizes: Sequence[int], tolerance: float | None) -> str:
+    """Digest of all that decides about a fit."""
+    digest = hashlib.sha256(h.numpy().tobytes() + repr((tuple(sizes), tolerance)).encode())
+    if spectrum is not None:
+        digest.update(spectrum.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _most(h: Tensor) -> int:
@@ -296,7 +319,7 @@ def _fill(modal: ModalFilter, fit: _Fit) -> None:
     modal.direct.copy_(fit.direct.view(shape[:2]))
 
 
-def _checked(calibration: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+def _checked(calibration: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
     """Batches of token ids, the first one looked at before any work begins."""
     batches = iter((calibration,) if isinstance(calibration, Tensor) else calibration)
     first = next(batches, None)

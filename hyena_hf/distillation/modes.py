@@ -90,16 +90,19 @@ class Taps(NamedTuple):
     Attributes:
         blocks: (C, rows, B), zeros behind the end.
         length: M.
-        energy: Sum of squares, (C,).
+        energy: Sum of squares, (C,), or what `spectrum` makes of it.
+        spectrum: Weight of errors by frequency, see `weighting.py`; None: all count alike.
     """
 
     blocks: Tensor
     length: int
     energy: Tensor
+    spectrum: Tensor | None = None
 
     def rows(self, index: Tensor) -> "Taps":
         """Some channels."""
-        return Taps(self.blocks[index], self.length, self.energy[index])
+        spectrum = None if self.spectrum is None else self.spectrum[index]
+        return Taps(self.blocks[index], self.length, self.energy[index], spectrum)
 
 
 def taps_of(x: Tensor) -> Taps:

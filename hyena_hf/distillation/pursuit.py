@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .modes import PAIR, REAL, Modes, Taps, flat, no_modes, packed
 from .refine import Fit, least_squares, polish
+from .weighting import filtered
 
 
 _RATIO = 1.7  # of neighbouring time constants
@@ -77,7 +78,7 @@ def best_atoms(residual: Tensor) -> tuple[Atom, Atom]:
 
 def with_best_atom(fit: Fit, taps: Taps, free: Tensor) -> Modes:
     """One more slot: a pair or a real pole, as free states (C,) allow."""
-    pair, real = best_atoms(flat(fit.residual, taps.length))
+    pair, real = best_atoms(filtered(taps, flat(fit.residual, taps.length)))
     as_pair = (free >= 2) & (pair.gain > _WORTH * real.gain)
     log_pole = torch.where(as_pair, pair.log_pole, real.log_pole).unsqueeze(1)
     new = Modes(log_pole, torch.zeros_like(log_pole), torch.where(as_pair, PAIR, REAL).unsqueeze(1))

@@ -31,14 +31,12 @@ from .modes import (
     Powers,
     Taps,
     flat,
-    gram,
-    joint_gram,
-    moments,
     packed,
     powers,
     response,
     widened,
 )
+from .weighting import error_energy, spectral_rows, weighted_gram, weighted_joint_gram, weighted_moments
 
 
 _JITTER = 1e-14  # on the unit diagonal of a scaled Gram matrix: as good as its entries are
@@ -82,7 +80,7 @@ def _as_residues(coefficients: Tensor) -> Tensor:
 
 
 class Fit(NamedTuple):
-    """Modes with their residual (C, rows, B) and its sum of squares (C,)."""
+    """Modes with their residual (C, rows, B) and its sum of squares (C,), weighted where the taps are."""
 
     modes: Modes
     residual: Tensor
@@ -108,15 +106,15 @@ def stacked(fits: Sequence[Fit]) -> Fit:
 def _corrected(taps: Taps, modes: Modes, power: Powers, rounds: int) -> tuple[Fit, Tensor]:
     """Least squares from the residues that there are; also the Gram matrix."""
     mask = column_mask(modes.kind)
-    matrix = gram(modes.log_pole, taps.length)
+    matrix = weighted_gram(taps, modes.log_pole)
     residue = modes.residue
     residual = taps.blocks - response(power, residue, taps.length)
     for _ in range(rounds):
-        moment, _ = moments(power, residual)
+        moment, _ = weighted_moments(taps, power, residual)
         change = _as_residues(_solve(matrix, _as_columns(moment), mask))
         residue = residue + change
         residual = residual - response(power, change, taps.length)
-    return Fit(modes._replace(residue=residue), residual, residual.square().sum(dim=(1, 2))), matrix
+    return Fit(modes._replace(residue=residue), residual, error_energy(taps, residual)), matrix
 
 
 def least_squares(taps: Taps, modes: Modes) -> Fit:
@@ -138,30 +136,32 @@ def least_squares(taps: Taps, modes: Modes) -> Fit:
         one = slice(channel, channel + 1)
         residue[one] = _orthogonal(taps, power, mask, channel)
         residual[one] = taps.blocks[one] - response(Powers(*(p[one] for p in power)), residue[one], taps.length)
-    return Fit(modes._replace(residue=residue), residual, residual.square().sum(dim=(1, 2)))
+    return Fit(modes._replace(residue=residue), residual, error_energy(taps, residual))
 
 
 def _orthogonal(taps: Taps, power: Powers, mask: Tensor, channel: int) -> Tensor:
     """Least squares of one channel by QR, directions below 1e-13 of the largest left out: (1, N) complex."""
     table = power.coarse[channel].unsqueeze(-1) * power.fine[channel].unsqueeze(-2)  # (N, rows, B)
-    columns = flat(table, taps.length).mT
-    columns = torch.cat([columns.real, -columns.imag], dim=1)[:, mask[channel]]
+    some = taps.rows(torch.tensor([channel], device=mask.device))
+    rows = flat(table, taps.length)
+    rows = torch.cat([rows.real, -rows.imag])[mask[channel]]
+    rows = spectral_rows(some, torch.cat([rows, flat(some.blocks, taps.length)]).unsqueeze(0))[0]
+    columns, target = rows[:-1].mT, rows[-1]
     size = columns.norm(dim=0).clamp(min=1e-300)
     q, r = torch.linalg.qr(columns / size)
-    target = q.mT @ flat(taps.blocks[channel : channel + 1], taps.length)[0]
     u, s, vh = torch.linalg.svd(r)
     inverse = torch.where(s > _RCOND * s[0], 1 / s, 0) if len(s) else s
     found = torch.zeros(mask.shape[1], dtype=torch.float64, device=columns.device)
-    found[mask[channel]] = vh.mT @ (inverse * (u.mT @ target)) / size
+    found[mask[channel]] = vh.mT @ (inverse * (u.mT @ (q.mT @ target))) / size
     return _as_residues(found.unsqueeze(0))
 
 
 def _step(fit: Fit, taps: Taps, power: Powers, damping: Tensor) -> Modes:
     """One damped step of poles and residues."""
     log_pole, residue, kind = fit.modes
-    moment, slope = moments(power, fit.residual, slopes=True)
+    moment, slope = weighted_moments(taps, power, fit.residual, slopes=True)
     assert slope is not None  # noqa: S101 (asked for; narrows the type)
-    matrix = joint_gram(log_pole, residue, taps.length)
+    matrix = weighted_joint_gram(taps, log_pole, residue)
     right = _as_columns(torch.cat([moment, residue * slope], dim=1))
     used, pair = (kind != UNUSED), (kind == PAIR)
     mask = torch.cat([used, used, pair, pair], dim=1)
@@ -209,7 +209,7 @@ def removal_costs(taps: Taps, modes: Modes) -> Tensor:
     """
     count = modes.kind.shape[1]
     mask = column_mask(modes.kind)
-    matrix = gram(modes.log_pole, taps.length)
+    matrix = weighted_gram(taps, modes.log_pole)
     eye = torch.eye(2 * count, dtype=torch.float64, device=matrix.device)
     inverse = torch.stack([_solve(matrix, row.expand(len(matrix), -1), mask) for row in eye], dim=1)
     slot = torch.arange(count, device=matrix.device)

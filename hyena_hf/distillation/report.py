@@ -73,13 +73,16 @@ class DistillationReport:
 
     Attributes:
         layers: The distilled ones.
-        tolerance: Relative l2 error that was asked for, or None.
+        tolerance: Relative error that was asked for, or None.
         calibration: On text, or None where none was given.
+        weighted: Whether filters were fitted for the spectra of their inputs; then the tolerance is on
+            `relative_output`, else on `relative_l2`, which is the same there.
     """
 
     layers: list[LayerReport]
     tolerance: float | None = None
     calibration: Calibration | None = None
+    weighted: bool = False
 
     def missed(self) -> list[tuple[int, int]]:
         """(layer, filter) of every filter whose error is above the tolerance."""
@@ -88,15 +91,17 @@ class DistillationReport:
         return [
             (one.layer, int(channel))
             for one in self.layers
-            for channel in (one.filters.relative_l2 > self.tolerance).nonzero().flatten()
+            for channel in (one.filters.relative_output > self.tolerance).nonzero().flatten()
         ]
 
     def __str__(self) -> str:
-        lines = ["layer  filters  states  relative l2: median    worst    lower bound: median"]
+        head = "layer  filters  states  relative l2: median    worst    lower bound: median"
+        lines = [f"{head}    of outputs: median    worst" if self.weighted else head]
         for one in self.layers:
-            error, bound = one.filters.relative_l2, one.filters.lower_bound
+            error, bound, output = one.filters.relative_l2, one.filters.lower_bound, one.filters.relative_output
             cells = f"{one.layer:5d}  {len(error):7d}  {one.state_size:6d}  {error.median():19.3g}"
-            lines.append(f"{cells}  {error.max():7.3g}  {bound.median():22.3g}")
+            cells += f"  {error.max():7.3g}  {bound.median():22.3g}"
+            lines.append(f"{cells}  {output.median():20.3g}  {output.max():7.3g}" if self.weighted else cells)
         if missed := self.missed():
             lines.append(
                 f"TOLERANCE MISSED: {len(missed)} filters are further than {self.tolerance:g} from their originals "
@@ -124,7 +129,13 @@ class DistillationReport:
             for one in self.layers
         ]
         calibration = None if self.calibration is None else asdict(self.calibration)
-        return {"layers": layers, "tolerance": self.tolerance, "missed": self.missed(), "calibration": calibration}
+        return {
+            "layers": layers,
+            "tolerance": self.tolerance,
+            "missed": self.missed(),
+            "calibration": calibration,
+            "weighted": self.weighted,
+        }
 
     def save(self, folder: str | Path) -> None:
         """Write distillation.txt and distillation.json, and the plots where matplotlib is installed.
