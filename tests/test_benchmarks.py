@@ -9,12 +9,23 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import bench_fftconv, bench_forward, bench_long_context, bench_mixer, published, report, timing
+from benchmarks import (
+    bench_fftconv,
+    bench_forward,
+    bench_generate,
+    bench_long_context,
+    bench_mixer,
+    generation,
+    published,
+    report,
+    timing,
+)
 from benchmarks.bench_batching import page as batching_page
 from benchmarks.bench_filter import PublishedFilter, package_filter, peak_here, ratio_plot
 from benchmarks.bench_filter import page as filter_page
 from benchmarks.bench_import import cpu_seconds, loaded_modules
 from benchmarks.bench_recall import MODELS, Settings, learning_curves, page, rate_factor, trained
+from benchmarks.generation.models import GPT2, HISTORY, LLAMA, TINY
 
 
 def test_a_page_names_its_command_commit_and_machine_and_shows_its_plots(tmp_path):
@@ -222,6 +233,57 @@ def test_every_section_of_a_page_runs_on_tiny_shapes(bench):
         (heading, *lines), _ = section(settings)
         assert heading.startswith("## ")
         assert key == "gpu" or sum(line.startswith("| ") for line in lines) > 2
+
+
+QUICK = ("context", "memory", "prefill", "online")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [pytest.param(key, marks=() if key in QUICK else pytest.mark.slow) for key in bench_generate.SECTIONS],
+)
+def test_every_section_of_the_page_on_generation_runs_on_tiny_shapes(key):
+    (heading, *lines), _ = bench_generate.SECTIONS[key](timing.Settings(rounds=2, smoke=True))
+    assert heading.startswith("## ")
+    assert sum(line.startswith("| ") for line in lines) > 2
+
+
+def test_the_models_of_the_page_on_generation_have_equal_sizes_within_a_hundredth():
+    full = generation.models.FULL
+    sizes = [
+        generation.models.count(generation.models.equal_config(name, full, 64)) for name in generation.models.CONFIGS
+    ]
+    assert max(abs(size / full.parameters - 1) for size in sizes) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "static"),
+    [
+        *((name, False) for name in (*generation.step.GROWING, HISTORY)),
+        *((name, True) for name in generation.step.STATIC),
+    ],
+)
+def test_a_measured_step_leaves_its_cache_as_it_was(name, static):
+    model = generation.models.make_model(name, TINY, 40)
+    cache = generation.caches.filled_cache(model, 3, 32, 8, static=static)
+    decoder = generation.caches.Decoder(model, cache, steps=2)
+    held, seen = generation.caches.bytes_per_sequence(cache), []
+    hook = model.register_forward_hook(lambda *call: seen.append(call[-1].logits.clone()))
+    for _ in range(4):
+        decoder.run()
+    hook.remove()
+    assert generation.caches.bytes_per_sequence(cache) == held
+    if name in (GPT2, LLAMA, HISTORY):
+        torch.testing.assert_close(seen[6], seen[0])
+
+
+def test_the_modal_fft_of_the_page_on_generation_is_the_recurrence():
+    _, poles, w = generation.prefill.make_inputs(2, 3, 4, 50)
+    state = torch.zeros(2, 3, 4, dtype=torch.complex128)
+    for x in w.double().unbind(-1):
+        state = poles.to(state.dtype) * state + x.unsqueeze(-1)
+    found = generation.prefill.modal_fft_state(poles, w)
+    assert bench_fftconv.relative_error(torch.view_as_real(found), torch.view_as_real(state)) < 1e-5
 
 
 @pytest.mark.gpu
