@@ -1,4 +1,4 @@
-"""The demo at three seeds: held-out bits per byte of Hyena, GPT-2 and Llama with their spread.
+"""The demo at three seeds: held-out bits per byte of Hyena, distilled too, GPT-2 and Llama with their spread.
 
     python -m benchmarks.bench_demo                    # three times `make demo`; goes on where it stopped
     python -m benchmarks.bench_demo --smoke            # a few minutes, page in runs/smoke, numbers mean nothing
@@ -49,9 +49,9 @@ def page(runs: Sequence[dict[str, Any]]) -> list[str]:
         [
             name,
             f"{numbers['parameters']:,}",
-            f"{numbers['learning_rate']:g}",
+            f"{numbers['learning_rate']:g}" if "learning_rate" in numbers else "-",
             spread([run["models"][name]["heldout_bits_per_byte"] for run in runs], 3),
-            spread([run["models"][name]["train_seconds"] for run in runs], 0),
+            spread([run["models"][name]["train_seconds"] for run in runs], 0) if "train_seconds" in numbers else "-",
             spread([run["models"][name]["decode_tokens_per_second"] for run in runs], 0),
             f"{numbers['cache_bytes']:,}",
         ]

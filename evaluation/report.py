@@ -50,7 +50,8 @@ def write_report(results: Mapping[str, Any], folder: Path) -> Path:
     Args:
         results: `machine`, `command`, `commit`, `corpus` {name, train_bytes, validation_bytes, heldout_bytes},
             `baselines` {name: bits} and `models` {name: {the keys of COLUMNS, loss_curve: [[step, bits], ...],
-            samples: [{prompt, text}]}}; all optional. Numbers that are not finite become null in the JSON.
+            samples: [{prompt, text}], distillation: text}}; all optional. Numbers that are not finite become null in
+            the JSON.
         folder: made if it is missing.
 
     Returns:
@@ -188,12 +189,14 @@ def _page(
         f"<figcaption>{captions[name]}</figcaption>{svg.replace(INK, 'currentColor')}</figure>"
         for name, svg in figures.items()
     )
+    distillations = "".join(_distillation(name, _mapping(model)) for name, model in models.items())
     samples = "".join(_samples(name, _mapping(model).get("samples")) for name, model in models.items())
     return PAGE.format(
         headline=_escaped(_headline(models, bars)),
         corpus=_corpus(_mapping(results.get("corpus"))),
         plots=plots and f'<section class="plots">{plots}</section>',
         table=_table(models) if models else "",
+        distillations=distillations and f"<h2>Distillation</h2>{distillations}",
         samples=samples and f"<h2>Samples</h2><p>The prompt is bold.</p>{samples}",
         provenance=_provenance(results),
     )
@@ -232,6 +235,12 @@ def _table(models: Mapping[str, Any]) -> str:
 
 def _cell(value: Any, layout: str) -> str:
     return layout.format(value) if _is_number(value) else "-"
+
+
+def _distillation(name: str, model: Mapping[str, Any]) -> str:
+    """What became of the filters, in lines whose columns stand below each other."""
+    lines = model.get("distillation")
+    return f'<h3>{_escaped(name)}</h3><pre class="lines">{_escaped(lines)}</pre>' if lines else ""
 
 
 def _samples(name: str, samples: Any) -> str:
@@ -281,6 +290,7 @@ th {{ font-weight: 600; vertical-align: bottom; }}
 th:first-child {{ text-align: left; padding-left: 0; }}
 pre {{ font: .85rem/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
        border-left: 3px solid #8886; margin: .5rem 0; padding: .2rem .8rem; max-width: 52rem; }}
+.lines {{ white-space: pre; overflow-x: auto; max-width: none; }}
 dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .9rem; }}
 dd {{ margin: 0; overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: .85rem; }}
 </style>
@@ -290,6 +300,7 @@ dd {{ margin: 0; overflow-wrap: anywhere; font-family: ui-monospace, monospace; 
 {corpus}
 {plots}
 {table}
+{distillations}
 {samples}
 {provenance}
 </body>

@@ -5,9 +5,11 @@ import random
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache, Trainer
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, Trainer
 
+from benchmarks import bench_demo
 from training.demo import (
+    DISTILLED,
     LEARNING_RATES,
     SMOKE,
     Plan,
@@ -79,12 +81,31 @@ def test_a_smoke_run_fills_the_report(smoke):
     assert (folder / "report.html").stat().st_size > 1000
     assert {name.split(",")[0] for name in results["baselines"]} == {"Markov", "xz"}
     assert results["corpus"]["heldout_bytes"] > 0
-    for numbers in results["models"].values():
+    assert list(results["models"]) == ["hyena", "gpt2", "llama", DISTILLED]
+    for name, numbers in results["models"].items():
         assert 0 < numbers["heldout_bits_per_byte"] < 9
         assert numbers["decode_tokens_per_second"] > 0
         assert numbers["cache_bytes"] > 0
         assert len(numbers["samples"]) == 1
-        assert numbers["loss_curve"]
+        assert name == DISTILLED or numbers["loss_curve"]
+
+
+def test_the_distilled_model_is_a_row_with_its_report_and_a_model_that_loads(smoke):
+    folder, _ = smoke
+    models = json.loads((folder / "results.json").read_text())["models"]
+    assert "relative l2: median" in models[DISTILLED]["distillation"]
+    assert "<h3>hyena, distilled</h3>" in (page := (folder / "report.html").read_text())
+    assert "relative l2: median" in page
+    assert models[DISTILLED]["cache_bytes"] < models["hyena"]["cache_bytes"]
+    assert abs(models[DISTILLED]["heldout_bits_per_byte"] - models["hyena"]["heldout_bits_per_byte"]) < 0.1
+    student = AutoModelForCausalLM.from_pretrained(folder / "hyena-distilled" / "model")
+    assert student.config.filter_types == ["modal"] * SMOKE.num_hidden_layers
+
+
+def test_the_benchmark_page_has_the_distilled_model_without_training_numbers(smoke):
+    results = json.loads((smoke[0] / "results.json").read_text())
+    row = next(line for line in bench_demo.page([results]) if line.startswith(f"| {DISTILLED} |"))
+    assert row.split(" | ")[2] == row.split(" | ")[4] == "-"
 
 
 def test_a_finished_demo_is_not_trained_or_measured_again(smoke, monkeypatch):
@@ -92,6 +113,7 @@ def test_a_finished_demo_is_not_trained_or_measured_again(smoke, monkeypatch):
     before = json.loads((folder / "results.json").read_text())
     monkeypatch.setattr(Trainer, "training_step", None)
     monkeypatch.setattr("training.demo.measure", None)
+    monkeypatch.setattr("training.demo.distill", None)
     monkeypatch.setattr("training.demo.markov_bits_per_byte", None)
     main(arguments)
     after = json.loads((folder / "results.json").read_text())

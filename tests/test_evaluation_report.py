@@ -90,6 +90,13 @@ def test_sample_text_cannot_become_markup(results, tmp_path):
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", "".join(parsed.texts))
 
 
+def test_the_report_of_a_distillation_is_on_the_page_as_it_is(results, tmp_path):
+    results["models"]["distilled"] = {"heldout_bits_per_byte": 2.2, "distillation": "layer  error\n    0   < 0.1"}
+    parsed = _Page(write_report(results, tmp_path))
+    assert "layer  error\n    0   < 0.1" in "".join(parsed.texts)
+    assert parsed.texts.count("Distillation") == 1
+
+
 def test_the_page_needs_nothing_from_outside(results, tmp_path):
     page = write_report(results, tmp_path).read_text(encoding="utf-8")
     assert not re.search(r"<(script|link|img|iframe)|@import|\bsrc=|url\((?!#)", page)

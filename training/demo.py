@@ -1,4 +1,4 @@
-"""Train a byte-level Hyena beside GPT-2 and Llama on real text, measure all three, write one page.
+"""Train a byte-level Hyena beside GPT-2 and Llama on real text, distil it, measure all four, write one page.
 
     make demo                                        # = python -m training.demo
     make demo DATA=book.txt                          # = python -m training.demo --data book.txt
@@ -7,8 +7,10 @@
 
 The text is Python's own standard library, divided by module into training, validation and held-out files, or DATA. The
 three models have the same width, depth and number of trained parameters, read the same rows in the same order and are
-trained with the same recipe; only the peak learning rate is each one's own. Beside them: an order-5 Markov model of
-bytes and xz, both given the same training bytes. `OUTPUT/report.html` and `OUTPUT/results.json` hold the numbers.
+trained with the same recipe; only the peak learning rate is each one's own. Then the long filters of the Hyena are
+turned into recurrences, so that it generates in constant memory: the row "hyena, distilled". Beside them: an order-5
+Markov model of bytes and xz, both given the same training bytes. `OUTPUT/report.html` and `OUTPUT/results.json` hold
+the numbers.
 
 Stopped at any moment, the same command goes on from the last checkpoint; what is finished is not done again (delete
 OUTPUT to start anew).
@@ -36,6 +38,8 @@ from transformers.utils import logging as transformers_logging
 from evaluation.baselines import markov_bits_per_byte, xz_bits_per_byte
 from evaluation.perplexity import bits_per_byte
 from evaluation.report import write_report
+from hyena_hf import HyenaForCausalLM
+from hyena_hf.distillation import distill
 from hyena_hf.tokenization_byte import HyenaByteTokenizer
 from training.data import (
     Document,
@@ -53,6 +57,7 @@ from training.recipe import Recipe, train, write_json
 
 LEARNING_RATES = {"hyena": 2e-3, "gpt2": 4e-3, "llama": 2e-3}
 SWEPT_RATES = (2e-3, 4e-3, 8e-3)
+DISTILLED = "hyena, distilled"
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Plan:
     hidden_size: int = 128
     num_hidden_layers: int = 4
     intermediate_size: int = 432
+    state_size: int = 16  # numbers that a distilled filter remembers
     save_every: int = 50
     prompt_bytes: int = 48
     new_tokens: int = 200  # prompt and new tokens fit in `length`, which GPT-2 cannot exceed
@@ -83,6 +89,7 @@ SMOKE = Plan(
     hidden_size=32,
     num_hidden_layers=2,
     intermediate_size=128,
+    state_size=4,
     save_every=10,
     prompt_bytes=24,
     new_tokens=16,
@@ -167,6 +174,7 @@ def run(plan: Plan, corpus: Corpus, options: argparse.Namespace) -> None:
         name: run_model(name, config, plan, corpus, options.output / name, options.seed)
         for name, config in configs.items()
     }
+    models[DISTILLED] = run_distilled(options.output / "hyena" / "model", plan, corpus, options.output, options.seed)
     results = {
         "machine": machine(),
         "command": command(options),
@@ -238,6 +246,21 @@ def run_model(
     if not path.exists():
         write_json(path, measure(model, plan, corpus, seed))
     return numbers | json.loads(path.read_text())
+
+
+def run_distilled(model_dir: Path, plan: Plan, corpus: Corpus, output_dir: Path, seed: int) -> dict[str, Any]:
+    """Distil the trained Hyena and measure it; finished measurements are read back."""
+    folder = output_dir / "hyena-distilled"
+    path = folder / "measured.json"
+    if not path.exists():
+        print(f"{DISTILLED}: every filter in {plan.state_size} numbers", flush=True)
+        teacher = HyenaForCausalLM.from_pretrained(model_dir)
+        student, report = distill(teacher, state_size=plan.state_size, work_dir=folder / "fits")
+        student.save_pretrained(folder / "model")
+        report.save(folder)
+        numbers = {"parameters": count_parameters(student), "distillation": str(report)}
+        write_json(path, numbers | measure(student, plan, corpus, seed))
+    return json.loads(path.read_text())
 
 
 def measure(model: PreTrainedModel, plan: Plan, corpus: Corpus, seed: int) -> dict[str, Any]:
