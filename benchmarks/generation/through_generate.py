@@ -58,11 +58,12 @@ def compare_generations(settings: Settings, batch: int) -> Comparison:
     models: dict[str, Any] = {}
     cases = {}
     for name, (kind, cache, compiled) in VARIANTS.items():
-        model = models.setdefault(kind, make_model(kind, scale, prompt + new))
+        if kind not in models:
+            models[kind] = make_model(kind, scale, prompt + new)
         short = batch > 1 and kind in (MAMBA, MAMBA2)
         ids = random_tokens(scale, batch, min(prompt, SHORT_PROMPT) if short else prompt)
         config = greedy(new, cache=cache, compiled=compiled, smoke=settings.smoke)
-        cases[name] = partial(_seconds, model, ids, config)
+        cases[name] = partial(_seconds, models[kind], ids, config)
     return compare_runs(settings, cases)
 
 
