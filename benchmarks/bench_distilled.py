@@ -54,7 +54,7 @@ Change = Callable[[int, Tensor], Tensor]  # of a layer's taps (1, H, L)
 
 SEEDS = (0, 1, 2)
 HEADS = 32  # of the MultiHyena: 4 channels each
-STATES = (4, 8, 16, 32)
+STATES = (8, 16, 32)
 SHORT = 32  # taps that must not be enough for recall
 LEAST_CHANGE, LEAST_SHARE, MOST_SHORT = 0.005, 0.995, 0.6  # the goals
 DATA_SEED = 2000
@@ -70,6 +70,7 @@ class Amounts:
     plan: demo.Plan = PLAN
     heads: int = HEADS
     states: tuple[int, ...] = STATES
+    rows: int = 400  # of held-out text
     vocab_size: int = 20  # 9 keys
     length: int = 96
     recall_steps: int = 1500
@@ -77,7 +78,7 @@ class Amounts:
     draws: int = 2  # of white error
 
 
-SMOKE = Amounts(SMOKE_RESULTS / "distilled", demo.SMOKE, 8, (2, 4), 10, 40, 4, 20, 1)
+SMOKE = Amounts(SMOKE_RESULTS / "distilled", demo.SMOKE, 8, (2, 4), 20, 10, 40, 4, 20, 1)
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def language_model(seed: int, amounts: Amounts, heads: int | None = None) -> Tra
     model, _ = demo.train_model(
         folder.name, config, plan, corpus, folder, seed=seed, rate=demo.LEARNING_RATES["hyena"]
     )
-    rows = whole_rows(corpus.heldout, plan.length)
+    rows = whole_rows(corpus.heldout, plan.length)[: amounts.rows]
     return Trained(cast("HyenaForCausalLM", model), folder, lambda other: perplexity(other, rows))
 
 
@@ -295,7 +296,7 @@ def page(results: dict[str, list[Rows]], amounts: Amounts) -> list[str]:
         "",
         f"The demo's Hyena ({plan.num_hidden_layers} layers, width {width}, trained on {plan.train_bytes:,} bytes in "
         f"rows of {plan.length}), plain and as MultiHyena of {heads} heads of {width // heads} channels. Perplexity "
-        f"of bytes of held-out text ({plan.heldout_bytes:,} bytes in whole rows of {plan.length}).",
+        f"of bytes of held-out text, {amounts.rows:,} rows of {plan.length}.",
         "",
         "Plain:",
         "",
