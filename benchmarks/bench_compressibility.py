@@ -11,6 +11,8 @@ Everything but training is measured on modules that no run has seen.
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.report import RESULTS, SMOKE_RESULTS, command_line, markdown_table, write_result
 from hyena_hf import HyenaConfig, HyenaForCausalLM
-from hyena_hf.distillation import HankelPenalty, RoughnessPenalty, distill
+from hyena_hf.distillation import HankelPenalty, RoughnessPenalty, compare, distill, input_spectra
 from training.data import (
     Document,
     PackedRows,
@@ -87,11 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     folder = SMOKE_RESULTS if options.smoke else RESULTS
     command = command_line("bench_compressibility")
-    print(
-        write_result(
-            "compressibility", "Filters trained to be distilled", command, page(plan, outcomes), folder=folder
-        )
-    )
+    lines = [*page(plan, outcomes), *weighting(plan, rows, heldout, root)]
+    print(write_result("compressibility", "Filters trained to be distilled", command, lines, folder=folder))
 
 
 def corpus(plan: Plan) -> tuple[PackedRows, PackedRows]:
@@ -132,12 +131,50 @@ def run(plan: Plan, penalty: Any, seed: int, rows: PackedRows, heldout: PackedRo
     ids = [token_rows(heldout)]
     distilled = {}
     for states in STATES:
-        _, report = distill(model, state_size=states, calibration=ids)
-        assert report.calibration is not None
+        student, report = distill(model, state_size=states)
+        after = compare(model, student, ids)
         error = torch.cat([one.filters.relative_l2 for one in report.layers]).mean()
-        bits = torch.tensor([report.calibration.perplexity_before, report.calibration.perplexity_after]).log2()
-        distilled[states] = float(bits[1]), report.calibration.kl, float(error)
-    return Outcome(float(bits[0]), distilled)
+        distilled[states] = math.log2(after.perplexity_after), after.kl, float(error)
+    return Outcome(math.log2(compare(model, model, ids).perplexity_before), distilled)
+
+
+def weighting(plan: Plan, rows: PackedRows, heldout: PackedRows, root: Path) -> list[str]:
+    """Fits of the models without a penalty, for the inputs that filters have on training rows and for white ones."""
+    calibration, ids = token_rows(rows.first(plan.heldout_rows)), [token_rows(heldout)]
+    cells: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
+    for seed in plan.seeds:
+        model: Any = HyenaForCausalLM.from_pretrained(root / f"none-{seed}" / "model").eval()
+        spectra = input_spectra(model, [calibration])
+        for states, weighted in itertools.product((4, *STATES[:2]), (False, True)):
+            student, report = distill(model, state_size=states, calibration=calibration, weighted=weighted)
+            l2 = torch.cat([one.filters.relative_l2 for one in report.layers]).mean()
+            heard = output_errors(model, student, spectra).mean()
+            key = "weighted" if weighted else "unweighted", states
+            cells.setdefault(key, []).append((compare(model, student, ids).kl, float(heard), float(l2)))
+    table = [
+        (states, name, *(_spread(list(values), 3) for values in zip(*found, strict=True)))
+        for (name, states), found in cells.items()
+    ]
+    return [
+        "",
+        "## Weighted fits",
+        "",
+        f"`distill(..., weighted=True)` on the models without a penalty; spectra from {plan.heldout_rows} rows of the "
+        f"training text, KL on the held-out ones. Error of outputs: relative RMS for those spectra, mean over filters.",
+        "",
+        *markdown_table(["states", "fit", "KL", "error of outputs", "relative l2"], table),
+    ]
+
+
+def output_errors(model: Any, student: Any, spectra: dict[int, Tensor]) -> Tensor:
+    """Relative root mean square error of the output of each filter for inputs of such spectra, lag 0 left out."""
+    length, found = model.config.max_position_embeddings, []
+    for layer, spectrum in spectra.items():
+        h, fit = (one.model.layers[layer].mixer.filter(length)[0, :, 1:].double() for one in (model, student))
+        energy = [torch.fft.rfft(x, n=2 * (spectrum.shape[1] - 1)).abs().square() for x in (h - fit, h)]
+        error, total = ((one * spectrum)[:, 1:-1].sum(dim=1) for one in energy)
+        found.append((error / total).sqrt().detach())
+    return torch.cat(found)
 
 
 def token_rows(rows: PackedRows) -> Tensor:
@@ -157,8 +194,8 @@ def page(plan: Plan, outcomes: dict[str, list[Outcome]]) -> list[str]:
             cells += [_spread(list(values), digits) for values, digits in zip(columns_of_runs, (4, 3, 3), strict=True)]
         rows.append(cells)
     return [
-        f"2 layers of width {plan.hidden_size}, {plan.length} taps; {plan.steps} steps of {plan.batch_size} rows, seeds "
-        f"{', '.join(map(str, plan.seeds))}; {plan.heldout_rows} held-out rows. Means over seeds (each seed). KL in "
+        f"2 layers of width {plan.hidden_size}, {plan.length} taps; {plan.steps} steps of {plan.batch_size} rows, "
+        f"seeds {', '.join(map(str, plan.seeds))}; {plan.heldout_rows} held-out rows. Means over seeds (each seed). KL in "
         f"nats a byte, from the undistilled model of the same run; relative l2 is the mean over filters.",
         "",
         *markdown_table(columns, rows),

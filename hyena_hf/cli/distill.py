@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.weighted and arguments.calibrate is None:
         raise ValueError("--weighted needs a text to measure on; add --calibrate TEXT")
-    work = claim(arguments.target)
+    with _writing(arguments.target):
+        work = claim(arguments.target)
     model: Any = AutoModelForCausalLM.from_pretrained(arguments.source).eval()
     tokenizer = _tokenizer(arguments.source)
     calibration = None
@@ -61,16 +64,31 @@ def run(arguments: argparse.Namespace) -> None:
         work_dir=work,
         progress=sys.stderr.isatty(),
     )
-    unfinished = arguments.target / _UNFINISHED
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    student.save_pretrained(unfinished)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(unfinished)
-    report.save(unfinished)
-    publish(unfinished, arguments.target)
-    shutil.rmtree(work)
+    with _writing(arguments.target):
+        unfinished = arguments.target / _UNFINISHED
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        student.save_pretrained(unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        report.save(unfinished)
+        publish(unfinished, arguments.target)
+        shutil.rmtree(work)
     sys.stdout.write(f"{report}\nwritten to {arguments.target}\n")
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Say of a disk that is full or a folder that is read-only what can be done."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{target} cannot be written ({error}); make room or get the right to write there, then repeat the "
+            f"command: layers that are finished are kept"
+        ) from error
 
 
 def claim(target: Path) -> Path:

@@ -33,8 +33,8 @@ _ROUNDS = 2  # of subspace iteration
 def hankel_tail(h: Tensor, states: int) -> Tensor:
     """Share of the squared Hankel singular values beyond the `states` largest, (C,) between 0 and 1; differentiable.
 
-    An upper bound of that share, at most 0.15 above it: subspace iteration from a fixed start ends before flat spectra
-    are told apart. O(d L log L + d^2 L) time.
+    An upper bound of that share, at most 0.15 above it from 4 states on: subspace iteration from a fixed start ends
+    before flat spectra are told apart. O(d L log L + d^2 L) time.
 
     Args:
         h: Taps (C, L), at least 2; the one at lag 0 does not count.

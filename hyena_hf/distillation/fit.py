@@ -234,7 +234,8 @@ def _fit_chunk(h: Tensor, power: Tensor | None, state_size: int, method: Method)
         order[live] = order_for_tolerance(job.factors.values.abs(), _SUGGESTION)
         for channel, name in zip(index.tolist(), chosen, strict=True):
             names[channel] = name
-    return modes, _report(h, error, modes, (output, lower, order, names))
+    report = _report(h, error, modes, (lower, order, names))
+    return modes, report if power is None else replace(report, relative_output=output)
 
 
 def _analysed(x: Tensor, power: Tensor | None, states: int) -> _Job:
@@ -344,8 +345,8 @@ def _sorted(modes: Modes) -> Modes:
     return Modes(*(part.gather(1, by_angle) for part in modes))
 
 
-def _report(h: Tensor, error: Tensor, modes: Modes, analysis: tuple[Tensor, Tensor, Tensor, list[str]]) -> FitReport:
-    output, lower, order, names = analysis
+def _report(h: Tensor, error: Tensor, modes: Modes, analysis: tuple[Tensor, Tensor, list[str]]) -> FitReport:
+    lower, order, names = analysis
 
     def share(norm: int) -> Tensor:
         size = h[:, 1:].norm(p=norm, dim=1)
@@ -354,7 +355,7 @@ def _report(h: Tensor, error: Tensor, modes: Modes, analysis: tuple[Tensor, Tens
     return FitReport(
         relative_l2=share(2),
         relative_l1=share(1),
-        relative_output=output,
+        relative_output=share(2),
         h_infinity=largest_gain(error),
         tail=tail_sum(modes, h.shape[1]),
         lower_bound=lower,

@@ -241,8 +241,14 @@ def _write(path: Path, fit: _Fit, size: int, mark: str) -> None:
         else:
             metadata[f"report.{one.name}"] = "\n".join(value)
     unfinished = path.with_suffix(".unfinished")
-    save_file({key: value.contiguous() for key, value in tensors.items()}, unfinished, metadata)
-    os.replace(unfinished, path)  # noqa: PTH105 (replaces on every system)
+    try:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, unfinished, metadata)
+        os.replace(unfinished, path)  # noqa: PTH105 (replaces on every system)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{path} cannot be written ({error}); make room or get the right to write there, then repeat the call: "
+            f"layers that are finished are kept"
+        ) from error
 
 
 def _read(path: Path, mark: str) -> tuple[_Fit, int] | None:
