@@ -160,7 +160,8 @@ def weighting(plan: Plan, rows: PackedRows, heldout: PackedRows, root: Path) -> 
         "## Weighted fits",
         "",
         f"`distill(..., weighted=True)` on the models without a penalty; spectra from {plan.heldout_rows} rows of the "
-        f"training text, KL on the held-out ones. Error of outputs: relative RMS for those spectra, mean over filters.",
+        f"training text, KL on the held-out ones. Error of outputs: relative RMS for those spectra, mean over "
+        f"filters. Means over seeds (each seed).",
         "",
         *markdown_table(["states", "fit", "KL", "error of outputs", "relative l2"], table),
     ]
@@ -195,8 +196,8 @@ def page(plan: Plan, outcomes: dict[str, list[Outcome]]) -> list[str]:
         rows.append(cells)
     return [
         f"2 layers of width {plan.hidden_size}, {plan.length} taps; {plan.steps} steps of {plan.batch_size} rows, "
-        f"seeds {', '.join(map(str, plan.seeds))}; {plan.heldout_rows} held-out rows. Means over seeds (each seed). KL in "
-        f"nats a byte, from the undistilled model of the same run; relative l2 is the mean over filters.",
+        f"seeds {', '.join(map(str, plan.seeds))}; {plan.heldout_rows} held-out rows. Means over seeds (each seed). "
+        f"KL in nats a byte, from the undistilled model of the same run; relative l2 is the mean over filters.",
         "",
         *markdown_table(columns, rows),
     ]
