@@ -70,11 +70,11 @@ class Amounts:
     plan: demo.Plan = PLAN
     heads: int = HEADS
     states: tuple[int, ...] = STATES
-    rows: int = 400  # of held-out text
+    rows: int = 200  # of held-out text
     vocab_size: int = 20  # 9 keys
     length: int = 96
     recall_steps: int = 1500
-    sequences: int = 4000
+    sequences: int = 2000
     draws: int = 2  # of white error
 
 
