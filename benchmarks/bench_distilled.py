@@ -49,7 +49,7 @@ from training.recipe import write_json
 from training.synthetic import recall_sequences
 
 
-Score = Callable[[HyenaForCausalLM], float]
+Score = Callable[[HyenaForCausalLM, Tensor], float]
 Change = Callable[[int, Tensor], Tensor]  # of a layer's taps (1, H, L)
 
 SEEDS = (0, 1, 2)
@@ -83,10 +83,11 @@ SMOKE = Amounts(SMOKE_RESULTS / "distilled", demo.SMOKE, 8, (2, 4), 20, 10, 40, 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model, where it is kept and how it is scored."""
+    """A trained model, where it is kept, and how it is scored on which rows of tokens."""
 
     model: HyenaForCausalLM
     folder: Path
+    rows: Tensor
     score: Score
 
 
@@ -134,7 +135,7 @@ def language_model(seed: int, amounts: Amounts, heads: int | None = None) -> Tra
         folder.name, config, plan, corpus, folder, seed=seed, rate=demo.LEARNING_RATES["hyena"]
     )
     rows = whole_rows(corpus.heldout, plan.length)[: amounts.rows]
-    return Trained(cast("HyenaForCausalLM", model), folder, lambda other: perplexity(other, rows))
+    return Trained(cast("HyenaForCausalLM", model), folder, rows, perplexity)
 
 
 def multi_head_language_model(seed: int, amounts: Amounts) -> Trained:
@@ -176,7 +177,7 @@ def recall_model(seed: int, amounts: Amounts) -> Trained:
         write_json(record, made_from)
     sequences = far_sequences(np.random.default_rng(DATA_SEED), task, amounts.sequences)
     model = HyenaForCausalLM.from_pretrained(folder / "model")
-    return Trained(model, folder, lambda other: bench_recall.answer_accuracy(other, sequences))
+    return Trained(model, folder, sequences, bench_recall.answer_accuracy)
 
 
 def far_sequences(rng: np.random.Generator, task: dict[str, int], count: int) -> Tensor:
@@ -269,13 +270,13 @@ def with_taps(model: HyenaForCausalLM, change: Change) -> HyenaForCausalLM:
 
 
 def scored(trained: Trained, model: HyenaForCausalLM) -> float:
-    """The score of a model, from a file where these weights have been scored before."""
+    """The score of a model, from a file where these weights have been scored on these rows before."""
     path = trained.folder / "scores.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    content = b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())
-    digest = hashlib.sha256(content).hexdigest()
+    tensors = [trained.rows, *model.state_dict().values()]
+    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
     if digest not in known:
-        known[digest] = trained.score(model)
+        known[digest] = trained.score(model, trained.rows)
         write_json(path, known)
     return known[digest]
 

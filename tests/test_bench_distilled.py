@@ -35,8 +35,10 @@ def make_model(heads=None):
     return HyenaForCausalLM(HyenaConfig(**sizes, num_heads=heads, max_position_embeddings=LENGTH)).eval()
 
 
-def first_logit(model):
-    ids = torch.arange(LENGTH).remainder(12)[None]
+IDS = torch.arange(LENGTH).remainder(12)[None]
+
+
+def first_logit(model, ids=IDS):
     with torch.no_grad():
         return float(model(ids, use_cache=False).logits[0, -1, 0])
 
@@ -68,7 +70,7 @@ def test_white_error_has_the_size_of_the_fit_and_spares_lag_0(heads):
 
 @pytest.mark.parametrize("heads", [None, 2])
 def test_the_numbers_of_the_page_are_what_caches_hold(heads, tmp_path):
-    trained = Trained(make_model(heads), tmp_path, first_logit)
+    trained = Trained(make_model(heads), tmp_path, IDS, first_logit)
     rows = compare(trained, SMOKE)
     student, _ = distill(trained.model, state_size=4)
     caches = {
@@ -84,7 +86,7 @@ def test_the_numbers_of_the_page_are_what_caches_hold(heads, tmp_path):
 
 def test_a_score_is_not_counted_twice(tmp_path):
     calls = []
-    trained = Trained(make_model(), tmp_path, lambda model: calls.append(model) or 1.0)
+    trained = Trained(make_model(), tmp_path, IDS, lambda model, _: calls.append(model) or 1.0)
     rows = [shortened(trained, 8) for _ in range(2)]
     assert rows[0] == rows[1]
     assert len(calls) == 1
@@ -100,7 +102,7 @@ def test_perplexity_is_that_of_whole_rows():
 
 
 def test_the_page_counts_the_seeds_that_meet_a_goal(tmp_path):
-    rows = compare(Trained(make_model(), tmp_path, first_logit), SMOKE)
+    rows = compare(Trained(make_model(), tmp_path, IDS, first_logit), SMOKE)
     scores = {"original": 10.0, "distilled": 10.01, "first taps": 10.2, f"first {SHORT} taps": 10.1}
     good = {key: Row(row.numbers, row.error, scores.get(key[0], 11.0)) for key, row in rows.items()}
     bad = {key: row._replace(score=11.0) if key[0] == "distilled" else row for key, row in good.items()}
