@@ -7,6 +7,7 @@
   starts alone, ERA poles with least-squares residues as they are, balanced truncation with least-squares residues, and
   the paper's gradient fit over a sweep of rates, starts and steps, as it ends and with least-squares residues.
 - exponentials: filters of `ImplicitFilter` with one band, 4 states.
+- weighted: fits for coloured inputs, beside unweighted ones: power of the error of outputs on samples of such inputs.
 - time: CPU seconds of one filter, alone and in a batch.
 - layer: the filters of one layer of a model with 18 layers of 864 filters of 2048 taps, times 18.
 """
@@ -16,6 +17,8 @@ from __future__ import annotations
 import itertools
 import time
 
+import numpy as np
+import scipy.signal
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -29,6 +32,7 @@ from hyena_hf.distillation.hankel import hankel_factors, window_size
 from hyena_hf.distillation.modes import packed, powers, response, taps_of
 from hyena_hf.distillation.poles import era_poles
 from hyena_hf.distillation.refine import least_squares
+from tests import oracles
 from tests.filters_to_distil import exponential_like, smoothed_noise
 
 
@@ -38,6 +42,7 @@ SIZES = 16, 32
 RATES = 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1
 STARTS: tuple[Start, ...] = ("spectrum", "random")
 STEPS, LONGER = 1500, 6000
+COLOURS = {"low": [0.9], "high": [-0.9], "band": [0.95 * np.exp(0.6j), 0.95 * np.exp(-0.6j)]}  # poles of the inputs
 LAYERS, FILTERS, TAPS = 18, 864, 2048
 
 
@@ -127,6 +132,52 @@ def exponentials(settings: Settings) -> Page:
     return [f"## Filters like exponentials\n\n{channels} filters each.", *markdown_table(columns, rows)], {}
 
 
+def weighted(settings: Settings) -> Page:
+    """Fits for inputs of a known spectrum."""
+    channels, length, samples = (3, 128, 2_000) if settings.smoke else (16, 1024, 200_000)
+    h, rows = smoothed_noise(channels, length), []
+    for (name, poles), states in itertools.product(COLOURS.items(), (8, 16)):
+        denominator = np.poly(poles).real
+        _, gain = scipy.signal.freqz([1], denominator, worN=np.linspace(0, np.pi, 257))
+        noise = np.random.default_rng(0).standard_normal(samples)
+        inputs = np.asarray(scipy.signal.lfilter([1], denominator, noise))
+        spectrum, cells = torch.tensor(abs(gain) ** 2).expand(channels, -1), []
+        for power in (None, spectrum):
+            start = time.process_time()
+            poles_of, residues, _, report = fit_modal(h, state_size=states, spectrum=power)
+            cells.append((heard(h, poles_of, residues, inputs), report.relative_l2, time.process_time() - start))
+        (plain, plain_l2, plain_seconds), (ours, ours_l2, seconds) = cells
+        share = (ours / plain).square()
+        l2 = f"{float(plain_l2.mean()):.4f} / {float(ours_l2.mean()):.4f}"
+        errors = f"{float(plain.mean()):.4f} / {float(ours.mean()):.4f}"
+        power_left = f"{float(share.mean()):.2f} ({float(share.max()):.2f})"
+        rows.append((name, states, errors, l2, power_left, f"{seconds / plain_seconds:.1f}"))
+    columns = [
+        "input",
+        "states",
+        "error of outputs",
+        "relative l2",
+        "power of weighted over unweighted",
+        "time over it",
+    ]
+    note = (
+        f"{channels} filters of {length} taps, unweighted / weighted, means over filters; errors of outputs are "
+        f"relative RMS on {samples} samples, lag 0 left out; the power ratio is its mean (worst) over filters."
+    )
+    return ["## Inputs of a known spectrum", note, "", *markdown_table(columns, rows)], {}
+
+
+def heard(h: Tensor, poles: Tensor, residues: Tensor, inputs: np.ndarray) -> Tensor:
+    """Relative root mean square error of outputs, (C,)."""
+    fit = oracles.modal_filter(poles.numpy(), residues.numpy(), np.zeros(len(h)), h.shape[1])
+    found = []
+    for taps, its_fit in zip(h.numpy(), fit, strict=True):
+        tail = np.r_[0, taps[1:]]
+        error, output = (scipy.signal.fftconvolve(inputs, x)[: len(inputs)] for x in (tail - its_fit, tail))
+        found.append(np.linalg.norm(error) / np.linalg.norm(output))
+    return torch.tensor(found)
+
+
 def times(settings: Settings) -> Page:
     """Seconds of a filter."""
     lines, rows = ["## Time", "One core, CPU seconds a filter."], []
@@ -157,7 +208,7 @@ def layer(settings: Settings) -> Page:
     return ["## A whole model", line], {}
 
 
-SECTIONS = {"quality": quality, "exponentials": exponentials, "time": times, "layer": layer}
+SECTIONS = {"quality": quality, "exponentials": exponentials, "weighted": weighted, "time": times, "layer": layer}
 
 
 if __name__ == "__main__":
