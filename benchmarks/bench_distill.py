@@ -138,7 +138,7 @@ def weighted(settings: Settings) -> Page:
     h, rows = smoothed_noise(channels, length), []
     for (name, poles), states in itertools.product(COLOURS.items(), (8, 16)):
         denominator = np.poly(poles).real
-        _, gain = scipy.signal.freqz([1], denominator, worN=np.linspace(0, np.pi, 257))
+        gain = 1 / np.polyval(denominator, np.exp(1j * np.linspace(0, np.pi, 257)))
         noise = np.random.default_rng(0).standard_normal(samples)
         inputs = np.asarray(scipy.signal.lfilter([1], denominator, noise))
         spectrum, cells = torch.tensor(abs(gain) ** 2).expand(channels, -1), []

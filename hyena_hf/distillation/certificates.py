@@ -12,7 +12,10 @@ With e = h - h^ over the L taps, and w any input:
   Hankel matrix: a tap stands in at most n of its places (Eckart and Young 1936). Good fits are 2 to 4 times above it:
   it says that an order is too small, never that a fit is the best.
 
-All of this is about one convolution. Gates multiply and layers follow, so nothing here bounds the logits of a model.
+All of this is about one convolution in exact arithmetic. Gates multiply and layers follow, so nothing here bounds the
+logits of a model, and rounding of a recurrence in float32 comes on top (`hyena_hf.ops.modal`). Fits weighted by a
+spectrum are held to their actual error as others are: the bounds are those of the worst input, which weights do not
+make better, and often worse than those of an unweighted fit.
 
 C channels, L taps, N modes.
 """
