@@ -59,7 +59,7 @@ class HyenaLayerNorm(nn.LayerNorm):
     """Layer norm whose weight gradients are summed in float32 at least: torch's CPU kernel sums them in bfloat16."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu":
+        if input.device.type != "cpu" or input.dtype == self.weight.dtype == torch.float32:
             return super().forward(input)
         exact = torch.promote_types(input.dtype, torch.float32)
         weight, bias = self.weight.to(exact), self.bias.to(exact)
@@ -92,11 +92,11 @@ class HyenaMLP(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or torch.is_grad_enabled() or is_traced() or not self._is_plain(x):
+        if self.training or torch.is_grad_enabled() or is_traced() or x.shape[:-1].numel() <= self._TILE:
+            return self._apply_to(x)
+        if not self._is_plain(x):
             return self._apply_to(x)
         tiles = x.flatten(0, -2).split(self._TILE)
-        if len(tiles) == 1:
-            return self._apply_to(x)
         return torch.cat([self._apply_to(tile) for tile in tiles]).unflatten(0, x.shape[:-1])
 
     def _is_plain(self, x: Tensor) -> bool:

@@ -16,12 +16,13 @@ the rest: rollback is exact, and costs nothing else.
 B batch, C channels of an operator, T committed columns, n new columns.
 """
 
-from .history import AttentionHistory, ExactHistory, HeadHistory, History, NoMemory, Window
+from .history import AttentionHistory, ExactHistory, HeadHistory, History, NoMemory
 from .layer import HyenaCacheLayer, adopt_cache, in_turn
 from .modal import HeadModalState, ModalState
 from .online import OnlineTiles
 from .plan import DECODE_CACHES, Plan
 from .taps import FrozenTaps, Taps
+from .window import Window
 
 
 __all__ = [

@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from hyena_hf.ops import causal_fftconv, multihead_conv, short_conv
+from hyena_hf.ops import causal_fftconv, multihead_conv
 from hyena_hf.ops.continued import continued_fftconv
 from hyena_hf.ops.precision import is_short
 
 from .taps import DOT_LENGTH, Evaluable, FrozenTaps, Taps
+
+
+# Products that exist at once in a sum over a past: they fit a cache.
+_WORK = 1 << 17
 
 
 def shift_right(x: Tensor, by: Tensor) -> Tensor:
@@ -26,6 +29,19 @@ def shift_left(x: Tensor, by: Tensor) -> Tensor:
     """Columns by[b] onwards of row b of x (B, C, T); what comes in at the right is unspecified."""
     index = torch.arange(x.shape[-1], device=x.device) + by.unsqueeze(1)
     return x.gather(2, index.clamp(max=x.shape[-1] - 1).unsqueeze(1).expand_as(x))
+
+
+def check_same(held: Sequence[int], held_dtype: torch.dtype, given: Sequence[int], dtype: torch.dtype) -> None:
+    """Refuse inputs of other rows, channels or dtype than a cache holds.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if held_dtype != dtype or tuple(held) != tuple(given):
+        raise ValueError(
+            f"the cache holds {held[0]} rows and {held[1]} channels of {held_dtype}, but the model gives {given[0]} "
+            f"rows and {given[1]} channels of {dtype}; start with an empty cache after changing the model's dtype"
+        )
 
 
 class History:
@@ -53,12 +69,7 @@ class History:
         """Committed inputs (B, C - queries, T); empty before the first commit."""
         if self.buffer is None:
             return w[:, self.queries :, :0]
-        if self.buffer.dtype != w.dtype or self.buffer.shape[:2] != w[:, self.queries :].shape[:2]:
-            raise ValueError(
-                f"the cache holds inputs {tuple(self.buffer.shape[:2])} of {self.buffer.dtype}, but the model gives "
-                f"{tuple(w[:, self.queries :].shape[:2])} of {w.dtype}; start with an empty cache after changing the "
-                f"model's dtype"
-            )
+        check_same(self.buffer.shape[:2], self.buffer.dtype, (len(w), w.shape[1] - self.queries), w.dtype)
         return self.buffer[..., : self.used]
 
     def reachable(self, w: Tensor) -> Tensor:
@@ -139,6 +150,15 @@ class History:
             return y[..., offset:]
         return shift_left(y, offset)[..., : w.shape[-1]]
 
+    def step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Answer one input of every row and remember it, with nothing pending and nothing recorded.
+
+        What `push` does for a column, in as few calls as there are: a step of a model is hundreds of them. Takes x
+        (B, C) and what the operator needs beside it; returns (B, C').
+        """
+        x, *operator = args
+        return self.push(x.unsqueeze(-1), None, 0, *operator, **kwargs).squeeze(-1)
+
     def _merge(self, w: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor | None, int | Tensor]:
         """Pending and new inputs in one left-aligned tensor, its counts, and where the new ones begin."""
         if self.pending is None:
@@ -218,15 +238,6 @@ class History:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
 
-class Window(History):
-    """The last K - 1 inputs of the short convolution."""
-
-    def respond(self, w: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Short convolution with taps weight (C, K) and bias (C,)."""
-        past = self.past(w)
-        return short_conv(w, weight, bias, pad(past, (weight.shape[1] - 1 - past.shape[-1], 0)))
-
-
 class ExactHistory(History):
     """All gated inputs of one long convolution: exact, O(T) time a token and O(T) memory.
 
@@ -276,10 +287,23 @@ class ExactHistory(History):
         past, w, h = past.view(shape), w.reshape(shape), h.to(past.dtype)
         outputs = []
         for i in range(new):
-            old = torch.einsum("bhct,ht->bhc", past, h[:, new - 1 - i : new - 1 - i + before])
-            recent = torch.einsum("bhct,ht->bhc", w[..., : i + 1], h[:, last - 1 - i :])
-            outputs.append(old + recent)
+            old = _dot_products(past, h[:, new - 1 - i : new - 1 - i + before])
+            outputs.append(old + _dot_products(w[..., : i + 1], h[:, last - 1 - i :]))
         return torch.stack(outputs, dim=-1).view(batch, channels, new)
+
+
+def _dot_products(x: Tensor, h: Tensor) -> Tensor:
+    """Sums over time of x (B, H, P, T) times h (H, T): (B, H, P).
+
+    Products of a few filters at a time, so that they stay in a cache: fresh memory costs more than the products do,
+    and a batched product of vectors takes twice to five times as long.
+    """
+    h = h.unsqueeze(1)
+    if torch.compiler.is_compiling() or x.requires_grad or h.requires_grad or x.numel() <= _WORK:
+        return (x * h).sum(dim=-1)
+    filters = max(1, _WORK * h.shape[0] // x.numel())
+    parts = [(p * q).sum(dim=-1) for p, q in zip(x.split(filters, dim=1), h.split(filters), strict=True)]
+    return torch.cat(parts, dim=1)
 
 
 class HeadHistory(History):
@@ -336,6 +360,10 @@ class NoMemory:
         self.taps = Taps(capacity) if frozen is None else frozen.taps
         self.reverse_taps = Taps(capacity) if frozen is None else frozen.reverse_taps
 
+    def steps(self, new: int) -> bool:  # noqa: ARG002 (one interface)
+        """Whether new inputs can go through `History.step`: there is no past."""
+        return False
+
     def push(self, index: int, w: Tensor, counts: Tensor | None, *operator) -> Tensor:  # noqa: ARG002 (one interface)
         """Answer inputs w (B, C, n) that have no past."""
         return self.histories[index].respond(w, *operator)
@@ -347,7 +375,7 @@ __all__ = [
     "HeadHistory",
     "History",
     "NoMemory",
-    "Window",
+    "check_same",
     "shift_left",
     "shift_right",
 ]

@@ -88,6 +88,10 @@ class HyenaCacheLayer(CacheLayerMixin):
             self.length = torch.zeros((), dtype=torch.long, device=device)
             self.tokens = torch.zeros((), dtype=torch.long, device=device)
 
+    def steps(self, new: int) -> bool:
+        """Whether new inputs, as many in every row, can go through `History.step`."""
+        return new == 1 and not self.record_past and self.histories[0].pending is None
+
     def push(self, index: int, w: Tensor, counts: Tensor | None, *operator) -> Tensor:
         """Answer new inputs w (B, C, n) of operator number `index` and remember them."""
         keep = 0

@@ -19,7 +19,7 @@ from hyena_hf.ops.modal import (
 )
 from hyena_hf.ops.precision import is_short
 
-from .history import History, shift_right
+from .history import History, check_same, shift_right
 from .taps import Evaluable, Taps
 
 
@@ -53,30 +53,26 @@ class ModalState(History):
         super().__init__(None, fixed=fixed, queries=queries)
         self.exact = exact
         self.system: ModalSystem | None = None  # of the filter, once for all calls
-        self.step: ModalStep | None = None
+        self.coefficients: ModalStep | None = None
         self.direct: Tensor | None = None  # (C,): the filter's tap at lag 0
         self.source: tuple[Evaluable, int, int, Tensor] | None = None  # of these three, until the first commit
 
     def _state(self, w: Tensor, channels: int) -> Tensor | None:
         """The state (B, d, C), after checking that it is of the same batch and dtype; None before the first commit."""
         state = self.buffer
-        if state is not None and (state.dtype != w.dtype or (len(state), state.shape[2]) != (len(w), channels)):
-            raise ValueError(
-                f"the cache holds states of {len(state)} rows and {state.shape[2]} channels of {state.dtype}, but the "
-                f"model gives {len(w)} rows and {channels} channels of {w.dtype}; start with an empty cache after "
-                f"changing the model's dtype"
-            )
+        if state is not None:
+            check_same((len(state), state.shape[2]), state.dtype, (len(w), channels), w.dtype)
         return state
 
     def _prepare(self, long_filter: Evaluable, index: int, channels: int, w: Tensor) -> tuple[ModalSystem, ModalStep]:
-        if self.system is None or self.step is None:
+        if self.system is None or self.coefficients is None:
             modal = cast("Modal", long_filter)
             with torch.no_grad():
                 self.system = modal.system(index)
-                self.step = modal_step(self.system, channels, w.dtype)
+                self.coefficients = modal_step(self.system, channels, w.dtype)
                 direct = modal.direct[index].to(w.dtype)
             self.direct = direct.repeat_interleave(channels // len(direct))
-        return self.system, self.step
+        return self.system, self.coefficients
 
     def respond(self, w: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor:
         """Convolution of everything up to each new input; arguments as in `ExactHistory.respond`."""
@@ -87,10 +83,27 @@ class ModalState(History):
             return self._alone(w, taps, long_filter, index, direct)
         system, step = self._prepare(long_filter, index, channels, w)
         if new == 1:
-            assert self.direct is not None  # noqa: S101 (set by `_prepare`)
-            at_once = self.direct + direct.to(w.dtype).repeat_interleave(channels // len(direct))
-            return torch.addcmul(read_out(state, step), w[..., 0], at_once).unsqueeze(-1)
+            return self._output(state, w[..., 0], step, direct).unsqueeze(-1)
         return self._alone(w, taps, long_filter, index, direct) + modal_response(state, new, system)
+
+    def step(self, x: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor:
+        """Answer one input x (B, C) a row and advance the state; arguments as in `respond`, (B, C)."""
+        state = self.buffer
+        if state is None:
+            return super().step(x, taps, long_filter, index, direct)
+        check_same((len(state), state.shape[2]), state.dtype, x.shape, x.dtype)
+        _, step = self._prepare(long_filter, index, x.shape[1], x)
+        y = self._output(state, x, step, direct)
+        self._replace(advance_one(state, x, step))
+        return y
+
+    def _output(self, state: Tensor, x: Tensor, step: ModalStep, direct: Tensor) -> Tensor:
+        """The output (B, C) that goes with an input x (B, C)."""
+        assert self.direct is not None  # noqa: S101 (set by `_prepare`)
+        direct = direct.to(x.dtype)
+        if len(direct) != x.shape[1]:
+            direct = direct.repeat_interleave(x.shape[1] // len(direct))
+        return torch.addcmul(read_out(state, step), x, self.direct + direct)
 
     def _alone(self, w: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor:
         """Convolution of the new inputs."""
@@ -107,10 +120,10 @@ class ModalState(History):
     def commit(self, w: Tensor, counts: Tensor | None) -> None:
         """Fold inputs w (B, C, n) into the state; of row b only the first counts[b] (None: all)."""
         self._prepare_to_commit()
-        assert self.system is not None and self.step is not None  # noqa: S101, PT018 (narrows the types)
+        assert self.system is not None and self.coefficients is not None  # noqa: S101, PT018 (narrows the types)
         state = self.buffer
         if counts is None and w.shape[-1] == 1 and state is not None:
-            following = advance_one(state, w[..., 0], self.step)
+            following = advance_one(state, w[..., 0], self.coefficients)
         elif counts is None:
             following = advance(state, w, self.system)
         else:
@@ -122,8 +135,8 @@ class ModalState(History):
     def _replace(self, following: Tensor) -> None:
         if self.fixed and self.buffer is not None:
             self.buffer.copy_(following)
-        else:
-            self.buffer = following
+        else:  # what matrix products have left has another layout, which every step to come would inherit
+            self.buffer = following.contiguous()
 
 
 class HeadModalState(ModalState):
@@ -145,6 +158,19 @@ class HeadModalState(ModalState):
         q = q.reshape(batch, self.heads, -1, 1, new)
         return (q * z.view(batch, self.heads, q.shape[2], -1, new)).sum(dim=2).view(batch, width, new)
 
+    def step(self, x: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor:
+        """Answer one query, key and value x (B, 3 D) a row and advance the states: (B, D)."""
+        state = self.buffer
+        if state is None:
+            return super().step(x, taps, long_filter, index, direct)
+        q, k, v = (part.view(len(x), self.heads, -1) for part in x.chunk(3, dim=1))
+        products = (k.unsqueeze(3) * v.unsqueeze(2)).flatten(1)
+        check_same((len(state), state.shape[2]), state.dtype, products.shape, products.dtype)
+        _, step = self._prepare(long_filter, index, products.shape[1], products)
+        z = self._output(state, products, step, direct).view(*q.shape, -1)
+        self._replace(advance_one(state, products, step))
+        return (q.unsqueeze(3) * z).sum(dim=2).flatten(1)
+
     def respond(self, w: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor:
         """MultiHyena convolution; w holds queries, keys and values (B, 3 D, n), the rest as in `HeadHistory`."""
         q, kv = w[:, : self.queries], w[:, self.queries :]
@@ -156,9 +182,7 @@ class HeadModalState(ModalState):
             return multihead_conv(q, k, v, taps.rising(long_filter, index, w.shape[-1]), direct)
         system, step = self._prepare(long_filter, index, channels, w)
         if w.shape[-1] == 1:
-            assert self.direct is not None  # noqa: S101 (set by `_prepare`)
-            at_once = self.direct + direct.to(w.dtype).repeat_interleave(channels // len(direct))
-            z = torch.addcmul(read_out(state, step), self._products(kv)[..., 0], at_once)
+            z = self._output(state, self._products(kv)[..., 0], step, direct)
             return self._ask(q, z.unsqueeze(-1))
         y = multihead_conv(q, k, v, taps.rising(long_filter, index, w.shape[-1]), direct)
         pieces = []

@@ -163,6 +163,9 @@ class HyenaMixer(nn.Module):
             memory = cache_layer
             make = partial(self.make_histories, plan=memory.plan)
             memory.attach(make, hidden_states.shape[0], hidden_states.device, self.frozen)
+        if segments is None and memory.steps(hidden_states.shape[1]):
+            y = self.step(self.in_proj(hidden_states).squeeze(1), memory)
+            return self.out_proj(y.to(hidden_states.dtype).unsqueeze(1))
         in_layout = is_plain(self.in_proj, hidden_states) and is_plain(self.out_proj, hidden_states)
         if segments is None and in_layout and self._takes_one_pass(hidden_states, memory):
             # projections that write and read rows of time: no transposition
@@ -182,6 +185,19 @@ class HyenaMixer(nn.Module):
             return y.transpose(1, 2).to(rows.dtype).contiguous()
 
         return self.out_proj(over_rows(segments, mix, self.in_proj(hidden_states)))
+
+    def step(self, p: Tensor, memory: Memory) -> Tensor:
+        """Mix one token a row, of which a cache knows the past: projections p (B, (N + 1) D) -> (B, D)."""
+        x = p.to(torch.promote_types(p.dtype, torch.float32))
+        with without_autocast(x.device):
+            x = memory.histories[0].step(x, *self.short_conv(x.dtype))
+            operator = memory.taps, self.filter
+            if self.num_heads < self.width:
+                return memory.histories[1].step(x, *operator, 0, self.direct(0))
+            *gates, v = x.chunk(self.order + 1, dim=1)
+            for index, gate in enumerate(reversed(gates[1:])):
+                v = memory.histories[index + 1].step(v * gate, *operator, index, self.direct(index))
+            return gates[0] * v
 
     def _takes_one_pass(self, rows: Tensor, memory: Memory) -> bool:
         """Whether rows (B, n, C) without a past can go through `hyena_conv`."""

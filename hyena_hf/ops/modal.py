@@ -193,10 +193,16 @@ def modal_system(log_radius: Tensor, angle: Tensor, residue_re: Tensor, residue_
 
 
 class ModalStep(NamedTuple):
-    """What one step of a recurrence multiplies by, (d, C) in the dtype of the state; `cross` is None without pairs."""
+    """What one step of a recurrence multiplies by, in the dtype of the state.
+
+    Attributes:
+        decay: Of each number by itself, (d, C).
+        cross: Of each half by the other one, two of (d/2, C); None where all modes are real.
+        readout: (d, C).
+    """
 
     decay: Tensor
-    cross: Tensor | None
+    cross: tuple[Tensor, Tensor] | None
     readout: Tensor
 
 
@@ -206,7 +212,10 @@ def modal_step(system: ModalSystem, channels: int, dtype: torch.dtype) -> ModalS
     def spread(x: Tensor) -> Tensor:
         return x.to(dtype).repeat_interleave(channels // x.shape[1], dim=1).contiguous()
 
-    cross = spread(system.sign * system.im) if bool((system.im != 0).any()) else None
+    cross = None
+    if bool((system.im != 0).any()):
+        first, second = spread(system.sign * system.im).chunk(2)
+        cross = first, second
     return ModalStep(spread(system.re), cross, spread(system.readout))
 
 
@@ -217,11 +226,20 @@ def read_out(state: Tensor, step: ModalStep) -> Tensor:
 
 def advance_one(state: Tensor, w: Tensor, step: ModalStep) -> Tensor:
     """The state after one input w (B, C)."""
-    following = torch.addcmul(w.unsqueeze(1), state, step.decay)
-    if step.cross is not None:
-        half = state.shape[1] // 2
-        following[:, :half].addcmul_(state[:, half:], step.cross[:half])
-        following[:, half:].addcmul_(state[:, :half], step.cross[half:])
+    w = w.unsqueeze(1)
+    if step.cross is None:
+        return torch.addcmul(w, state, step.decay)
+    old, (to_first, to_second) = state.chunk(2, dim=1), step.cross
+    if torch.compiler.is_compiling():
+        # writes into halves would become copies of the whole
+        decay = step.decay.chunk(2)
+        first = torch.addcmul(w, old[0], decay[0]) + old[1] * to_first
+        second = torch.addcmul(w, old[1], decay[1]) + old[0] * to_second
+        return torch.cat([first, second], dim=1)
+    following = torch.addcmul(w, state, step.decay)
+    new = following.chunk(2, dim=1)
+    new[0].addcmul_(old[1], to_first)
+    new[1].addcmul_(old[0], to_second)
     return following
 
 

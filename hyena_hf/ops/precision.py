@@ -8,7 +8,7 @@ import torch
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Context in which autocast does not run matrix products of this device in half precision."""
-    if not torch.amp.is_autocast_available(device.type):
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 

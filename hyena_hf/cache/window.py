@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The past of the short convolution."""
+
+import torch
+from torch import Tensor
+
+from hyena_hf.ops import short_conv
+
+from .history import History, check_same, shift_right
+
+
+class Window(History):
+    """The last K - 1 inputs of the short convolution, zeros where a row has not seen so many.
+
+    Kept with channels contiguous, (B, K - 1, C): a step reads and writes whole rows.
+    """
+
+    limit: int
+
+    def past(self, w: Tensor) -> Tensor:
+        """The last K - 1 inputs before w (B, C, n), oldest first: (B, C, K - 1)."""
+        if self.buffer is None:
+            return w.new_zeros(*w.shape[:2], self.limit)
+        past = self.buffer.mT
+        check_same(past.shape[:2], past.dtype, w.shape[:2], w.dtype)
+        return past
+
+    def respond(self, w: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Short convolution with taps weight (C, K) and bias (C,)."""
+        return short_conv(w, weight, bias, None if self.buffer is None else self.past(w))
+
+    def commit(self, w: Tensor, counts: Tensor | None) -> None:
+        """Remember the last of inputs w (B, C, n); of row b only the first counts[b] (None: all) are any."""
+        full = torch.cat([self.past(w), w], dim=-1)
+        if counts is not None:
+            full = shift_right(full, w.shape[-1] - counts)
+        self._replace(full[..., full.shape[-1] - self.limit :].mT.contiguous())
+
+    def step(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Answer one input x (B, C) a row and remember it: (B, C)."""
+        past = self.buffer
+        if past is None:
+            return super().step(x, weight, bias)
+        check_same((len(past), past.shape[2]), past.dtype, x.shape, x.dtype)
+        oldest, *taps = weight.to(x.dtype).mT.contiguous()  # products with a stride are not vectorised
+        rows = [*past.unbind(dim=1), x]
+        y = rows[0] * oldest if bias is None else torch.addcmul(bias.to(x.dtype), rows[0], oldest)
+        for row, tap in zip(rows[1:], taps, strict=True):
+            y = torch.addcmul(y, row, tap)
+        self._replace(torch.stack(rows[1:], dim=1) if len(rows) > 1 else past)
+        return y
+
+    def _replace(self, following: Tensor) -> None:
+        if self.fixed and self.buffer is not None:
+            self.buffer.copy_(following)
+        else:
+            self.buffer = following
+
+
+__all__ = ["Window"]
