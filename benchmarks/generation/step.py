@@ -38,7 +38,8 @@ BATCHES = (1, 16, 64)
 GROWING = (GPT2, LLAMA, MAMBA, MAMBA2, LFM2, MODAL)
 STATIC = {GPT2: (GPT2_STATIC, GPT2_COMPILED), LLAMA: (LLAMA_STATIC, LLAMA_COMPILED), MODAL: ("", MODAL_COMPILED)}
 GPT2S, MODALS = (GPT2, GPT2_STATIC, GPT2_COMPILED), (MODAL, MODAL_COMPILED)
-GOALS = {GPT2S: {1: 1.15, 16: 3.5, 64: 8.0}, (MAMBA,): {1: 1.7, 16: 2.3, 64: 2.3}}
+GPT2_GOALS = {1: 1.15, 16: 3.5, 64: 8.0}
+GOALS = {GPT2S: GPT2_GOALS, (GPT2,): GPT2_GOALS, (MAMBA,): {1: 1.7, 16: 2.3, 64: 2.3}}
 
 
 @dataclass
@@ -114,5 +115,8 @@ def section(settings: Settings) -> Page:
         for theirs, goals in GOALS.items()
         for batch, one in found.items()
     ]
-    lines += ["", "Goals:", "", *markdown_table(["batch", *GOAL_COLUMNS], goals)]
+    note = (
+        "Goals. The fastest variant of GPT-2 counts; its growing cache, the default of generate(), stands beside it:"
+    )
+    lines += ["", note, "", *markdown_table(["batch", *GOAL_COLUMNS], goals)]
     return lines, {"step": lines_plot(throughput(found), f"Decode step, context {CONTEXT}", "batch", "tokens/s")}
