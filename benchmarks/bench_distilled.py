@@ -1,6 +1,7 @@
 """Trained models, distilled: what held-out data say of it, beside other filters that cost or err as much.
 
-    python -m benchmarks.bench_distilled           (an hour on one core, most of it training; --smoke: seconds)
+    python -m benchmarks.bench_distilled           (40 minutes on one core, most of it training; --smoke: seconds)
+    python -m benchmarks.bench_distilled --only plain recall
 
 Language models: the demo's Hyena, plain and with MultiHyena heads, on its text and with its recipe. Recall: as in
 bench_recall, but longer, and tested on those sequences whose question is about a key last shown more than 32 tokens
@@ -13,8 +14,8 @@ before. Long filters are replaced by:
 - white error: the taps plus Gaussian noise of the same l2 norm as the error of the fit, filter by filter.
 - no taps: lag 0 and the operator's own skip alone.
 
-Trainings go on where they were stopped and are not repeated; a score is not counted twice for the same weights. Both
-are kept in runs/distilled.
+Trainings go on where they were stopped and are not repeated, nor are fits; a score is not counted twice for the same
+weights. All are kept in runs/distilled: delete its fits-* folders after changing how filters are fitted.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ Change = Callable[[int, Tensor], Tensor]  # of a layer's taps (1, H, L)
 SEEDS = (0, 1, 2)
 HEADS = 32  # of the MultiHyena: 4 channels each
 STATES = (8, 16, 32)
+RECALL_STATES = (2, 4, 8, 16, 32)
 SHORT = 32  # taps that must not be enough for recall
 LEAST_CHANGE, LEAST_SHARE, MOST_SHORT = 0.005, 0.995, 0.6  # the goals
 DATA_SEED = 2000
@@ -70,6 +72,7 @@ class Amounts:
     plan: demo.Plan = PLAN
     heads: int = HEADS
     states: tuple[int, ...] = STATES
+    recall_states: tuple[int, ...] = RECALL_STATES
     rows: int = 200  # of held-out text
     vocab_size: int = 20  # 9 keys
     length: int = 96
@@ -78,7 +81,7 @@ class Amounts:
     draws: int = 2  # of white error
 
 
-SMOKE = Amounts(SMOKE_RESULTS / "distilled", demo.SMOKE, 8, (2, 4), 20, 10, 40, 4, 20, 1)
+SMOKE = Amounts(SMOKE_RESULTS / "distilled", demo.SMOKE, 8, (2, 4), (2, 4), 20, 10, 40, 4, 20, 1)
 
 
 @dataclass(frozen=True)
@@ -105,24 +108,28 @@ Rows = dict[tuple[str, int], Row]  # by name and states (0: whatever the states)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is not trained yet, score, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
     parser.add_argument("--smoke", action="store_true", help="tiny models, a few steps, page in runs/smoke")
-    smoke = parser.parse_args(arguments).smoke
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
-    amounts = SMOKE if smoke else Amounts()
-    families: dict[str, Callable[[int, Amounts], Trained]] = {
-        "plain": language_model,
-        "MultiHyena": multi_head_language_model,
-        "recall": recall_model,
+    amounts = SMOKE if options.smoke else Amounts()
+    results = {
+        name: [compare(FAMILIES[name](seed, amounts), states_of(name, amounts), amounts.draws) for seed in SEEDS]
+        for name in options.only
     }
-    results = {name: [compare(make(seed, amounts), amounts) for seed in SEEDS] for name, make in families.items()}
-    folder = SMOKE_RESULTS if smoke else RESULTS
-    figures = {"scores": plot(results, amounts.states)}
+    folder = SMOKE_RESULTS if options.smoke else RESULTS
+    figures = {"scores": plot(results)}
     lines = page(results, amounts)
     path = write_result(
         "distilled", "Trained models, distilled", command_line("bench_distilled"), lines, figures, folder=folder
     )
     print(path.read_text())
+
+
+def states_of(family: str, amounts: Amounts) -> tuple[int, ...]:
+    """Sizes that are tried."""
+    return amounts.recall_states if family == "recall" else amounts.states
 
 
 def language_model(seed: int, amounts: Amounts, heads: int | None = None) -> Trained:
@@ -205,7 +212,14 @@ def train_recall(config: HyenaConfig, settings: bench_recall.Settings, task: dic
     return model
 
 
-def compare(trained: Trained, amounts: Amounts) -> Rows:
+FAMILIES: dict[str, Callable[[int, Amounts], Trained]] = {
+    "plain": language_model,
+    "MultiHyena": multi_head_language_model,
+    "recall": recall_model,
+}
+
+
+def compare(trained: Trained, sizes: Sequence[int], draws: int) -> Rows:
     """Score a model with its own filters and with all others."""
     model = trained.model
     length, width = model.config.max_position_embeddings, model.config.hidden_size
@@ -216,11 +230,11 @@ def compare(trained: Trained, amounts: Amounts) -> Rows:
         ("no taps", 0): shortened(trained, 1),
         (f"first {SHORT} taps", 0): shortened(trained, SHORT),
     }
-    for states in tqdm(amounts.states, desc=f"{trained.folder.name}, states"):
-        student, report = distill(model, state_size=states)
+    for states in tqdm(sizes, desc=f"{trained.folder.name}, states"):
+        student, report = distill(model, state_size=states, work_dir=trained.folder / f"fits-{states}")
         errors = [layer.filters.relative_l2 for layer in report.layers]
         error, numbers = float(torch.cat(errors).median()), states * channels * width
-        noisy = [scored(trained, with_taps(model, white_error(errors, seed))) for seed in range(amounts.draws)]
+        noisy = [scored(trained, with_taps(model, white_error(errors, seed))) for seed in range(draws)]
         rows[DISTILLED, states] = Row(numbers, error, scored(trained, student))
         rows[FIRST_TAPS, states] = shortened(trained, min(length, 1 + states * channels // kept))
         rows[WHITE, states] = Row(kept * width * (length - 1), error, mean(noisy))
@@ -283,59 +297,58 @@ def scored(trained: Trained, model: HyenaForCausalLM) -> float:
 
 def page(results: dict[str, list[Rows]], amounts: Amounts) -> list[str]:
     """The goals, then a table for each family of models."""
-    plan = amounts.plan
-    seeds = ", ".join(map(str, SEEDS))
-    width, heads = plan.hidden_size, amounts.heads
-    return [
-        f"Seeds {seeds}: mean (lowest to highest), the change of each seed against its own original. Errors: median "
-        f"over filters of the relative l2 error without lag 0. Numbers: what one layer remembers of a sequence for "
-        f"its long convolution. White error: mean of {amounts.draws} draws.",
+    lines = [
+        f"Seeds {', '.join(map(str, SEEDS))}: mean (lowest to highest), the change of each seed against its own "
+        f"original. Errors: median over filters of the relative l2 error without lag 0. Numbers: what one layer "
+        f"remembers of a sequence for its long convolution. White error: mean of {amounts.draws} draws.",
         "",
-        *goals(results, amounts.states),
+        "Goals, with the number of seeds that meet them:",
         "",
-        "## Language models",
-        "",
-        f"The demo's Hyena ({plan.num_hidden_layers} layers, width {width}, trained on {plan.train_bytes:,} bytes in "
-        f"rows of {plan.length}), plain and as MultiHyena of {heads} heads of {width // heads} channels. Perplexity "
-        f"of bytes of held-out text, {amounts.rows:,} rows of {plan.length}.",
-        "",
-        "Plain:",
-        "",
-        *perplexity_table(results["plain"]),
-        "",
-        "MultiHyena:",
-        "",
-        *perplexity_table(results["MultiHyena"]),
-        "",
-        "## Associative recall",
-        "",
-        f"Vocabulary {amounts.vocab_size}, length {amounts.length}, else the small Hyena of bench_recall, "
-        f"{amounts.recall_steps:,} steps, rate 2e-3; accuracy over {amounts.sequences:,} fresh sequences in which the "
-        f"key of the question was last shown more than {SHORT} tokens before it.",
-        "",
-        *recall_table(results["recall"]),
     ]
-
-
-def goals(results: dict[str, list[Rows]], states: Sequence[int]) -> list[str]:
-    """Each goal and whether it is met, by states."""
-    lines = []
-    for name in ("plain", "MultiHyena"):
-        cells = [(d, [change(rows, (DISTILLED, d)) for rows in results[name]]) for d in states]
-        text = "; ".join(f"{d} states {spread(values, '{:+.3%}')} {met(values, _small)}" for d, values in cells)
-        lines.append(f"- Perplexity of the {name} model changes by at most {LEAST_CHANGE:.1%}: {text}.")
-    shares = [(d, [share(rows, (DISTILLED, d)) for rows in results["recall"]]) for d in states]
-    text = "; ".join(f"{d} states {spread(values, '{:.2%}')} {met(values, _whole)}" for d, values in shares)
-    lines.append(f"- At least {LEAST_SHARE:.1%} of the accuracy of recall is left: {text}.")
-    short = [rows[f"first {SHORT} taps", 0].score for rows in results["recall"]]
-    fails = met(short, lambda value: value < MOST_SHORT)
-    lines.append(
-        f"- Recall with only the first {SHORT} taps is below {MOST_SHORT:.0%}: {spread(short, '{:.1%}')} {fails}."
-    )
     for name, runs in results.items():
-        text = "; ".join(f"{d} states {met([gain(rows, d) for rows in runs], lambda x: x > 0)}" for d in states)
-        lines.append(f"- Distilled is better than the first taps of equal memory, {name}: {text}.")
-    return ["Goals, with the number of seeds that meet them:", "", *lines]
+        lines += goals(name, runs)
+    for name, runs in results.items():
+        table = recall_table(runs) if name == "recall" else perplexity_table(runs)
+        lines += ["", f"## {name}", "", introduction(name, amounts), "", *table]
+    return lines
+
+
+def introduction(family: str, amounts: Amounts) -> str:
+    """What was trained and on what it is scored."""
+    plan = amounts.plan
+    if family == "recall":
+        return (
+            f"Associative recall, vocabulary {amounts.vocab_size}, length {amounts.length}, else the small Hyena of "
+            f"bench_recall, {amounts.recall_steps:,} steps, rate 2e-3; accuracy over {amounts.sequences:,} fresh "
+            f"sequences in which the key of the question was last shown more than {SHORT} tokens before it."
+        )
+    heads = f" as MultiHyena of {amounts.heads} heads" if family == "MultiHyena" else ""
+    return (
+        f"The demo's Hyena{heads}: {plan.num_hidden_layers} layers, width {plan.hidden_size}, trained on "
+        f"{plan.train_bytes:,} bytes in rows of {plan.length}. Perplexity of bytes of held-out text, "
+        f"{amounts.rows:,} rows of {plan.length}."
+    )
+
+
+def goals(family: str, runs: list[Rows]) -> list[str]:
+    """Each goal of a family and whether it is met, by states."""
+    states = [d for name, d in runs[0] if name == DISTILLED]
+    if family == "recall":
+        shares = [(d, [share(rows, (DISTILLED, d)) for rows in runs]) for d in states]
+        cells = [f"{d} states {spread(values, '{:.2%}')} {met(values, _whole)}" for d, values in shares]
+        short = [rows[f"first {SHORT} taps", 0].score for rows in runs]
+        lines = [
+            f"- {family}: at least {LEAST_SHARE:.1%} of the accuracy is left: {'; '.join(cells)}.",
+            f"- {family}: below {MOST_SHORT:.0%} with only the first {SHORT} taps: {spread(short, '{:.1%}')} "
+            f"{met(short, lambda value: value < MOST_SHORT)}.",
+        ]
+    else:
+        changes = [(d, [change(rows, (DISTILLED, d)) for rows in runs]) for d in states]
+        cells = [f"{d} states {spread(values, '{:+.3%}')} {met(values, _small)}" for d, values in changes]
+        lines = [f"- {family}: perplexity rises by at most {LEAST_CHANGE:.1%}: {'; '.join(cells)}."]
+    sign, word = (1, "higher accuracy") if family == "recall" else (-1, "lower perplexity")
+    better = [f"{d} states {met([sign * gain(rows, d) for rows in runs], lambda x: x > 0)}" for d in states]
+    return [*lines, f"- {family}: {word} than with the first taps of equal memory: {'; '.join(better)}."]
 
 
 def _small(value: float) -> bool:
@@ -362,9 +375,8 @@ def share(rows: Rows, key: tuple[str, int]) -> float:
 
 
 def gain(rows: Rows, states: int) -> float:
-    """By how much the distilled model's score is nearer to the original's than that of the first taps."""
-    here, there, original = (rows[key].score for key in ((DISTILLED, states), (FIRST_TAPS, states), ("original", 0)))
-    return (abs(there - original) - abs(here - original)) / original
+    """By how much the distilled model scores higher than the one with the first taps."""
+    return rows[DISTILLED, states].score - rows[FIRST_TAPS, states].score
 
 
 def perplexity_table(runs: list[Rows]) -> list[str]:
@@ -397,11 +409,12 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{form.format(mean(values))} ({form.format(min(values))} to {form.format(max(values))})"
 
 
-def plot(results: dict[str, list[Rows]], states: Sequence[int]) -> Figure:
+def plot(results: dict[str, list[Rows]]) -> Figure:
     """Scores against states, a line for each way to filter."""
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    figure = Figure(figsize=(3.7 * len(results), 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (family, runs) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
+    for axes, (family, runs) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+        states = [d for name, d in runs[0] if name == DISTILLED]
         for name, marker in ((DISTILLED, "o"), (FIRST_TAPS, "s"), (WHITE, "x")):
             axes.plot(states, [mean(rows[name, d].score for rows in runs) for d in states], marker=marker, label=name)
         axes.axhline(mean(rows["original", 0].score for rows in runs), color="grey", linewidth=0.8, label="original")
