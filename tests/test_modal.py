@@ -6,6 +6,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 
 from hyena_hf.filters import ModalFilter
 from hyena_hf.ops import causal_fftconv
@@ -163,3 +164,20 @@ def test_a_model_of_modal_filters_in_float64_exports_for_any_length():
     for count in (2, 77):
         ids = tokens(1, count)
         assert (exported.module()(input_ids=ids, use_cache=False).logits - model(ids).logits).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["modal", "modal heads"])
+def test_the_cache_of_a_long_prompt_is_no_larger_than_that_of_a_short_one(name, kind):
+    """Taps of the whole prompt once stayed behind."""
+    held = []
+    for length in (200, 600):
+        model = new_model(name)
+        cache = DynamicCache(config=model.config)
+        if kind == "static":
+            cache = StaticCache(config=model.config, max_cache_len=length + 4)
+        with torch.no_grad():
+            model(tokens(2, length), past_key_values=cache)
+            model(tokens(2, 1), past_key_values=cache)
+        held.append(sum(layer.nbytes() for layer in cache.layers))
+    assert held[0] == held[1]

@@ -55,6 +55,9 @@ class History:
         queries: Leading channels that only ask and need not be remembered once committed.
     """
 
+    # whether taps of the filter are needed once inputs are committed
+    needs_taps = True
+
     def __init__(
         self, limit: int | None, *, fixed: bool = False, capacity: int | None = None, queries: int = 0
     ) -> None:
@@ -359,10 +362,6 @@ class NoMemory:
         self.histories = histories
         self.taps = Taps(capacity) if frozen is None else frozen.taps
         self.reverse_taps = Taps(capacity) if frozen is None else frozen.reverse_taps
-
-    def steps(self, new: int) -> bool:  # noqa: ARG002 (one interface)
-        """Whether new inputs can go through `History.step`: there is no past."""
-        return False
 
     def push(self, index: int, w: Tensor, counts: Tensor | None, *operator) -> Tensor:  # noqa: ARG002 (one interface)
         """Answer inputs w (B, C, n) that have no past."""

@@ -26,6 +26,9 @@ from .taps import FrozenTaps, Taps
 # Columns that stay pending while a cache records its past, at least: a call leaves all of its own.
 MAX_PENDING = 64
 
+# Taps that a layer of states keeps for the few tokens of a verification; those of a prompt would grow with it.
+KEPT_TAPS = 2 * MAX_PENDING
+
 
 class HyenaCacheLayer(CacheLayerMixin):
     """The cache of one block of a Hyena model, whatever its mixer.
@@ -80,13 +83,17 @@ class HyenaCacheLayer(CacheLayerMixin):
         self.histories = make(self.max_cache_len, self.expected_length)
         if frozen is not None:
             self.taps = frozen.taps
-        self.taps.capacity = self.expected_length
+        if self._needs_taps():
+            self.taps.capacity = self.expected_length
         self.batch_size, self.device = batch, device
         self.is_initialized = True
         if self.max_cache_len is not None:
             # tensors, so that a compiled step does not depend on their values
             self.length = torch.zeros((), dtype=torch.long, device=device)
             self.tokens = torch.zeros((), dtype=torch.long, device=device)
+
+    def _needs_taps(self) -> bool:
+        return any(history.needs_taps for history in self.histories)
 
     def steps(self, new: int) -> bool:
         """Whether new inputs, as many in every row, can go through `History.step`."""
@@ -115,6 +122,8 @@ class HyenaCacheLayer(CacheLayerMixin):
             self.length = self.length + columns
         if self.record_past:
             self.recorded.append(columns if mask is None else mask)
+        if not self._needs_taps():
+            self.taps.forget(KEPT_TAPS)
 
     # what transformers asks of a cache layer
 

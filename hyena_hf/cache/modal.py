@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hyena_hf.ops import causal_fftconv, multihead_conv
+from hyena_hf.ops.hyena_step import hyena_step
 from hyena_hf.ops.modal import (
     ModalStep,
     ModalSystem,
@@ -21,6 +22,7 @@ from hyena_hf.ops.precision import is_short
 
 from .history import History, check_same, shift_right
 from .taps import Evaluable, Taps
+from .window import Window
 
 
 # Columns of outer products that exist at once.
@@ -48,6 +50,8 @@ class ModalState(History):
         exact: As in `causal_fftconv`.
         queries: As in `History`.
     """
+
+    needs_taps = False
 
     def __init__(self, *, fixed: bool = False, exact: bool = False, queries: int = 0) -> None:
         super().__init__(None, fixed=fixed, queries=queries)
@@ -97,13 +101,48 @@ class ModalState(History):
         self._replace(advance_one(state, x, step))
         return y
 
+    def step_operator(
+        self,
+        window: Window,
+        p: Tensor,
+        short: tuple[Tensor, Tensor | None],
+        long_filter: Evaluable,
+        direct: Tensor,
+    ) -> Tensor | None:
+        """One token of an order-2 operator, its short convolution included; None while there is no state.
+
+        Args:
+            window: Of the short convolution.
+            p: Projections (B, 3 D).
+            short: Weight and bias of the short convolution, in the dtype of p.
+            long_filter: The filter.
+            direct: Extra tap at lag 0, (D,).
+
+        Returns:
+            (B, D).
+        """
+        state, past = self.buffer, window.buffer
+        if state is None or past is None:
+            return None
+        width = p.shape[1] // 3
+        check_same((len(state), state.shape[2]), state.dtype, (len(p), width), p.dtype)
+        _, step = self._prepare(long_filter, 0, width, p)
+        y, past, state = hyena_step(p, past, *short, state, step, self._at_once(direct, width, p.dtype))
+        window.replace(past)
+        self._replace(state)
+        return y
+
+    def _at_once(self, direct: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+        """Weight of an input in the output that goes with it, (C,)."""
+        assert self.direct is not None  # noqa: S101 (set by `_prepare`)
+        direct = direct.to(dtype)
+        if len(direct) != channels:
+            direct = direct.repeat_interleave(channels // len(direct))
+        return self.direct + direct
+
     def _output(self, state: Tensor, x: Tensor, step: ModalStep, direct: Tensor) -> Tensor:
         """The output (B, C) that goes with an input x (B, C)."""
-        assert self.direct is not None  # noqa: S101 (set by `_prepare`)
-        direct = direct.to(x.dtype)
-        if len(direct) != x.shape[1]:
-            direct = direct.repeat_interleave(x.shape[1] // len(direct))
-        return torch.addcmul(read_out(state, step), x, self.direct + direct)
+        return torch.addcmul(read_out(state, step), x, self._at_once(direct, x.shape[1], x.dtype))
 
     def _alone(self, w: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor:
         """Convolution of the new inputs."""

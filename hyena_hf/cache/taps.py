@@ -75,6 +75,11 @@ class Taps:
         self.evaluated, self.reversed = evaluated, None
         return evaluated
 
+    def forget(self, beyond: int) -> None:
+        """Let go of taps that serve more than `beyond` inputs, unless they are frozen; whoever asks evaluates anew."""
+        if not self.frozen and self.evaluated is not None and self.evaluated[1] > beyond:
+            self.evaluated = self.reversed = None
+
     def rising(self, long_filter: Evaluable, index: int, length: int) -> Tensor:
         """Taps of convolution `index` for lags 0, 1, ... (H, K); all taps from K on are zero or out of reach."""
         h = self._reach(long_filter, length)[0][index]

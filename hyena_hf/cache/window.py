@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from hyena_hf.ops import short_conv
+from hyena_hf.ops.short_conv import short_conv_step
 
 from .history import History, check_same, shift_right
 
@@ -16,6 +17,7 @@ class Window(History):
     """
 
     limit: int
+    needs_taps = False
 
     def past(self, w: Tensor) -> Tensor:
         """The last K - 1 inputs before w (B, C, n), oldest first: (B, C, K - 1)."""
@@ -34,7 +36,7 @@ class Window(History):
         full = torch.cat([self.past(w), w], dim=-1)
         if counts is not None:
             full = shift_right(full, w.shape[-1] - counts)
-        self._replace(full[..., full.shape[-1] - self.limit :].mT.contiguous())
+        self.replace(full[..., full.shape[-1] - self.limit :].mT.contiguous())
 
     def step(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Answer one input x (B, C) a row and remember it: (B, C)."""
@@ -42,15 +44,12 @@ class Window(History):
         if past is None:
             return super().step(x, weight, bias)
         check_same((len(past), past.shape[2]), past.dtype, x.shape, x.dtype)
-        oldest, *taps = weight.to(x.dtype).mT.contiguous()  # products with a stride are not vectorised
-        rows = [*past.unbind(dim=1), x]
-        y = rows[0] * oldest if bias is None else torch.addcmul(bias.to(x.dtype), rows[0], oldest)
-        for row, tap in zip(rows[1:], taps, strict=True):
-            y = torch.addcmul(y, row, tap)
-        self._replace(torch.stack(rows[1:], dim=1) if len(rows) > 1 else past)
+        y, following = short_conv_step(x, past, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        self.replace(following)
         return y
 
-    def _replace(self, following: Tensor) -> None:
+    def replace(self, following: Tensor) -> None:
+        """Go on from another window (B, K - 1, C)."""
         if self.fixed and self.buffer is not None:
             self.buffer.copy_(following)
         else:

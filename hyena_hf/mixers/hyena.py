@@ -163,8 +163,8 @@ class HyenaMixer(nn.Module):
             memory = cache_layer
             make = partial(self.make_histories, plan=memory.plan)
             memory.attach(make, hidden_states.shape[0], hidden_states.device, self.frozen)
-        if segments is None and memory.steps(hidden_states.shape[1]):
-            y = self.step(self.in_proj(hidden_states).squeeze(1), memory)
+        if cache_layer is not None and segments is None and cache_layer.steps(hidden_states.shape[1]):
+            y = self.step(self.in_proj(hidden_states).squeeze(1), cache_layer)
             return self.out_proj(y.to(hidden_states.dtype).unsqueeze(1))
         in_layout = is_plain(self.in_proj, hidden_states) and is_plain(self.out_proj, hidden_states)
         if segments is None and in_layout and self._takes_one_pass(hidden_states, memory):
@@ -186,17 +186,21 @@ class HyenaMixer(nn.Module):
 
         return self.out_proj(over_rows(segments, mix, self.in_proj(hidden_states)))
 
-    def step(self, p: Tensor, memory: Memory) -> Tensor:
+    def step(self, p: Tensor, memory: HyenaCacheLayer) -> Tensor:
         """Mix one token a row, of which a cache knows the past: projections p (B, (N + 1) D) -> (B, D)."""
         x = p.to(torch.promote_types(p.dtype, torch.float32))
         with without_autocast(x.device):
-            x = memory.histories[0].step(x, *self.short_conv(x.dtype))
-            operator = memory.taps, self.filter
+            short, (window, *long) = self.short_conv(x.dtype), memory.histories
+            if self.has_one_pass and isinstance(window, Window) and isinstance(long[0], ModalState):
+                y = long[0].step_operator(window, x, short, self.filter, self.direct(0))
+                if y is not None:
+                    return y
+            x = window.step(x, *short)
             if self.num_heads < self.width:
-                return memory.histories[1].step(x, *operator, 0, self.direct(0))
+                return long[0].step(x, memory.taps, self.filter, 0, self.direct(0))
             *gates, v = x.chunk(self.order + 1, dim=1)
             for index, gate in enumerate(reversed(gates[1:])):
-                v = memory.histories[index + 1].step(v * gate, *operator, index, self.direct(index))
+                v = long[index].step(v * gate, memory.taps, self.filter, index, self.direct(index))
             return gates[0] * v
 
     def _takes_one_pass(self, rows: Tensor, memory: Memory) -> bool:

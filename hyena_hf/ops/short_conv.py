@@ -215,3 +215,23 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, past: Tens
     if x.device.type != "cpu" or torch.compiler.is_compiling() or (past is not None and x.shape[-1] <= _SHORT):
         return _plain(x, weight, bias, past)
     return _ShortConv.apply(x, weight, bias, past)
+
+
+def short_conv_step(x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One input of every row.
+
+    Args:
+        x: (B, C).
+        window: The K - 1 inputs before it, oldest first, (B, K - 1, C).
+        weight: Taps (C, K) in the dtype of x.
+        bias: (C,) or None.
+
+    Returns:
+        The output (B, C), and the next window.
+    """
+    oldest, *taps = weight.mT.contiguous()  # products with a stride are not vectorised
+    first, *rows = *window.unbind(dim=1), x
+    y = first * oldest if bias is None else torch.addcmul(bias, first, oldest)
+    for row, tap in zip(rows, taps, strict=True):
+        y = torch.addcmul(y, row, tap)
+    return y, torch.stack(rows, dim=1) if rows else window
