@@ -15,6 +15,7 @@ from evaluation.exactness.models import MODELS, Float64Throughout, Subject, call
 from evaluation.exactness.page import BAD, GOOD, as_text, reasons, titles, write_page
 from evaluation.exactness.table import all_cases, answer, answers, fill
 from hyena_hf import HyenaForCausalLM
+from hyena_hf.cache import OnlineTiles
 
 
 OURS = [name for name, spec in MODELS.items() if spec.ours]
@@ -219,3 +220,14 @@ def test_the_command_fails_where_a_cell_of_ours_is_bad(monkeypatch, capsys):
     assert main(["--models", "Hyena order 2"]) == 1
     assert main(["--models", "Llama"]) == 0
     assert f"{BAD} 1.0" in capsys.readouterr().out
+
+
+def test_tiles_are_at_work_in_their_column(monkeypatch):
+    """Whole-length sequences of the table are shorter than a block of tiles is by default."""
+    folds = []
+    fold = OnlineTiles._fold
+    monkeypatch.setattr(OnlineTiles, "_fold", lambda self, *rest: folds.append(self) or fold(self, *rest))
+    subject = Subject("online tiles", torch.float32)
+    cell = answers(subject, [case for case in all_cases(smoke=True) if case.title == "token by token, equal rows"])
+    assert cell["good"] == 1
+    assert folds

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from hyena_hf import HyenaConfig, HyenaForCausalLM
+from hyena_hf.cache import online
 
 
 VOCABULARY, WIDTH, LAYERS, TRAINED_LENGTH = 97, 32, 3, 256
@@ -70,11 +72,23 @@ def _hybrid(layers: int) -> PreTrainedModel:
     return _hyena(layers, layer_types=["hyena", "full_attention", "hyena"][:layers])
 
 
+def short_tiles() -> AbstractContextManager:
+    """Context in which tiles begin after a few tokens: the table's sequences are too short for them otherwise."""
+    return patch.multiple(online, NEAR=8, BLOCK=2, PATIENCE=0, _CHUNK=16, _KEPT=8)
+
+
 class Spec(NamedTuple):
-    """A column of the table: how to build a model of some layers, and whether it is one of this package."""
+    """A column of the table.
+
+    Attributes:
+        build: Makes a model of some layers.
+        ours: Whether it is one of this package.
+        context: In which all its answers are found.
+    """
 
     build: Callable[[int], PreTrainedModel]
     ours: bool
+    context: Callable[[], AbstractContextManager] = nullcontext
 
 
 MODELS = {
@@ -86,6 +100,7 @@ MODELS = {
     "MultiHyena": Spec(lambda layers: _hyena(layers, num_heads=8), ours=True),
     "Hyena hybrid": Spec(_hybrid, ours=True),
     "modal filters": Spec(lambda layers: _hyena(layers, filter_types=["modal"] * layers), ours=True),
+    "online tiles": Spec(lambda layers: _hyena(layers, decode_cache="online"), ours=True, context=short_tiles),
 }
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from evaluation.exactness.cases import Case, Cell, logit_cases
 from evaluation.exactness.decoding import token_cases
-from evaluation.exactness.models import DTYPES, FLOOR, LAYERS, VOCABULARY, WIDTH, Subject, arithmetic
+from evaluation.exactness.models import DTYPES, FLOOR, LAYERS, MODELS, VOCABULARY, WIDTH, Subject, arithmetic
 
 
 # what a model raises when it cannot do what a case asks: an answer, not a fault of the table
@@ -41,7 +41,8 @@ def answer(case: Case, subject: Subject) -> Cell:
 
 def answers(subject: Subject, cases: Sequence[Case]) -> dict[str, Any]:
     """One column: a model's cells, its size and its own error."""
-    cells = {case.title: asdict(answer(case, subject)) for case in tqdm(cases, desc=subject.name, leave=False)}
+    with MODELS[subject.name].context():
+        cells = {case.title: asdict(answer(case, subject)) for case in tqdm(cases, desc=subject.name, leave=False)}
     return {
         "ours": subject.ours,
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
