@@ -160,8 +160,8 @@ def weighting(plan: Plan, rows: PackedRows, heldout: PackedRows, root: Path) -> 
         "## Weighted fits",
         "",
         f"`distill(..., weighted=True)` on the models without a penalty; spectra from {plan.heldout_rows} rows of the "
-        f"training text, KL on the held-out ones. Error of outputs: relative RMS for those spectra, mean over "
-        f"filters. Means over seeds (each seed).",
+        f"training text, KL on the held-out ones. Error of outputs: relative RMS for those spectra without "
+        f"frequency 0, mean over filters. Means over seeds (each seed).",
         "",
         *markdown_table(["states", "fit", "KL", "error of outputs", "relative l2"], table),
     ]
