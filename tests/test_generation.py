@@ -246,7 +246,7 @@ def test_generation_goes_past_the_trained_length():
     assert torch.equal(generate(model).sequences, generate(model, use_cache=False).sequences)
 
 
-@pytest.mark.parametrize("name", ["order 2", "heads", "hybrid"])
+@pytest.mark.parametrize("name", ["order 2", "heads", "hybrid", "modal", "modal heads", "modal order 3"])
 def test_compiled_decoding_with_a_static_cache_is_one_graph_for_all_steps(name):
     model = new_model(name, torch.float64)
     torch.compiler.reset()

@@ -9,6 +9,8 @@ C channels, H filters, L length, K taps.
 import pytest
 import torch
 
+from hyena_hf import HyenaConfig, HyenaForCausalLM
+from hyena_hf.ops import hyena_step as fused
 from hyena_hf.ops.backends import triton as backend
 from hyena_hf.ops.backends.triton import plan_for
 
@@ -110,3 +112,23 @@ def test_the_second_device_is_served_while_the_first_is_current():
     there = {name: tensor.to("cuda:1") for name, tensor in inputs.items()}
     expected = {name: tensor.to("cuda:1") for name, tensor in exact(inputs).items()}
     check(run(there), expected, torch.float32)
+
+
+def test_the_fused_token_passes_its_self_check():
+    device = torch.device("cuda", 0)
+    assert fused.kernel_fault(device) is None
+    assert fused.self_check(device) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [None, "static"])
+def test_a_model_of_modal_filters_generates_as_without_the_kernel(kind, dtype, monkeypatch):
+    """A static cache is compiled and captured by transformers on this device."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 80, "num_hidden_layers": 2, "intermediate_size": 160}
+    model = HyenaForCausalLM(HyenaConfig(**sizes, filter_types=["modal"] * 2, initializer_range=0.2)).cuda().to(dtype)
+    ids = torch.randint(97, (3, 20), device="cuda")
+    options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "cache_implementation": kind}
+    with_kernel = model.eval().generate(ids, **options)
+    monkeypatch.setattr(fused, "_kernel_serves", lambda *_: False)
+    assert (model.generate(ids, **options) == with_kernel).float().mean() >= (1 if dtype == torch.float32 else 0.5)

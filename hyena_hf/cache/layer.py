@@ -122,7 +122,7 @@ class HyenaCacheLayer(CacheLayerMixin):
             self.length = self.length + columns
         if self.record_past:
             self.recorded.append(columns if mask is None else mask)
-        if not self._needs_taps():
+        if columns > 1 and not self._needs_taps():  # a compiled step is not to look
             self.taps.forget(KEPT_TAPS)
 
     # what transformers asks of a cache layer

@@ -14,6 +14,7 @@ B batch, D channels, K taps, d numbers of state a channel.
 import importlib
 import importlib.util
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache
 from types import ModuleType
 
@@ -97,18 +98,20 @@ def _fused(
     tensors = (p, window, weight, bias, state, step.decay, to_first, to_second, step.readout, direct)
     given = [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
     grid = batch, -(-width // _BLOCK)
-    _kernels().step_kernel[grid](
-        *given,
-        y,
-        new_window,
-        new_state,
-        width,
-        half,
-        TAPS=weight.shape[1],
-        HALF=padded,
-        BLOCK=_BLOCK,
-        num_warps=4 if padded * _BLOCK >= 512 else 1,
-    )
+    # Triton launches on the current device, whatever its tensors are on
+    with torch.cuda.device(p.device) if p.is_cuda else nullcontext():
+        _kernels().step_kernel[grid](
+            *given,
+            y,
+            new_window,
+            new_state,
+            width,
+            half,
+            TAPS=weight.shape[1],
+            HALF=padded,
+            BLOCK=_BLOCK,
+            num_warps=4 if padded * _BLOCK >= 512 else 1,
+        )
     return y, new_window, new_state
 
 
