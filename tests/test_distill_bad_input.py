@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from hyena_hf import HyenaByteTokenizer, HyenaForCausalLM
 from hyena_hf.cli.main import main
 from hyena_hf.distillation import distill
+from hyena_hf.distillation import model as distillation
 from tests.models import tokens
 from tests.test_distill_model import smooth
 
@@ -195,3 +196,9 @@ def test_a_killed_command_started_again_writes_what_an_uninterrupted_one_does(tr
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_a_calibration_set_for_a_model_without_a_head_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr(distillation, "_fit_layer", lambda *_: pytest.fail("it began to fit"))
+    with pytest.raises(TypeError, match="needs a HyenaForCausalLM, got HyenaModel"):
+        distill(smooth().model, state_size=2, calibration=tokens(1, 20))

@@ -79,7 +79,7 @@ def distill(
         A new model with modal filters on the same device, in the same dtype, and the report.
 
     Raises:
-        TypeError: `model` is no Hyena model.
+        TypeError: `model` is no Hyena model, or has no language-model head to calibrate.
         ValueError: It is bidirectional, distilled already or has no long filters, or arguments contradict each other.
 
     A filter is fitted over `max_position_embeddings` taps. One that ends before (`filter_length`) is followed by zeros
@@ -90,7 +90,10 @@ def distill(
     if weighted and calibration is None:
         raise ValueError("weighted fits need the spectra of inputs; give a calibration set")
     sizes = dict.fromkeys(layers, 16) if state_size is None else _by_layer(state_size, layers)
-    batches = None if calibration is None else _checked(calibration)
+    batches = None
+    if calibration is not None:
+        _check_head(model)  # before hours of work
+        batches = _checked(calibration)
     folder = None if work_dir is None else Path(work_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -194,7 +197,8 @@ def _fit_layer(
 
 def _mark(h: Tensor, spectrum: Tensor | None, sizes: Sequence[int], tolerance: float | None) -> str:
     """Digest of all that decides about a fit."""
-    digest = hashlib.sha256(h.numpy().tobytes() + repr((tuple(sizes), tolerance)).encode())
+    kept = [one.name for one in fields(FitReport)]  # another version keeps others
+    digest = hashlib.sha256(h.numpy().tobytes() + repr((tuple(sizes), tolerance, kept)).encode())
     if spectrum is not None:
         digest.update(spectrum.numpy().tobytes())
     return digest.hexdigest()
@@ -344,6 +348,11 @@ def _as_ids(ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def _check_head(model: HyenaPreTrainedModel) -> None:
+    if not isinstance(model, HyenaForCausalLM):
+        raise TypeError(f"a calibration set needs a HyenaForCausalLM, got {type(model).__name__}; leave it out")
+
+
 def compare(teacher: HyenaPreTrainedModel, student: HyenaPreTrainedModel, batches: Iterable[Tensor]) -> Calibration:
     """Predictions of the next token by two language models.
 
@@ -355,8 +364,7 @@ def compare(teacher: HyenaPreTrainedModel, student: HyenaPreTrainedModel, batche
     Raises:
         TypeError: The models have no language-model head.
     """
-    if not isinstance(teacher, HyenaForCausalLM):
-        raise TypeError(f"a calibration set needs a HyenaForCausalLM, got {type(teacher).__name__}; leave it out")
+    _check_head(teacher)
     modes = [(model, model.training) for model in (teacher, student)]
     sums, tokens = torch.zeros(3, dtype=torch.float64), 0
     try:
