@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from hyena_hf.filters import ModalFilter
-from hyena_hf.ops import causal_fftconv
+from hyena_hf.ops import causal_fftconv, modal
 from hyena_hf.ops.modal import (
     NO_POLE,
     PI,
@@ -58,6 +58,13 @@ def test_taps_are_the_sum_of_exponentials(length):
     assert abs(h.numpy() - truth).max() <= 1e-12 * abs(truth).max()
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 15, 16, 17, 63, 64, 65, 1000])
+def test_taps_of_any_length_are_the_first_of_more(length):
+    parts, direct = draw(), torch.zeros(6, dtype=torch.float64)
+    longer = impulse_response(*parts, direct, 3000)[:, :length]
+    torch.testing.assert_close(impulse_response(*parts, direct, length), longer, rtol=0, atol=1e-13)
+
+
 def test_canonical_poles_have_float32_parts_within_the_unit_disc():
     poles = canonical_poles(*draw()[:2])
     assert torch.equal(poles, poles.to(torch.complex64).to(torch.complex128))
@@ -72,8 +79,12 @@ def test_a_complex_pole_takes_two_numbers_of_the_state_and_a_real_one_takes_one(
         assert modal_system(log_radius, torch.tensor([angles], dtype=torch.float64), ones, ones).size == size
 
 
-@pytest.mark.parametrize("pieces", [[700], [1, 699], [255, 1, 256, 188], [3, 0 + 4, 693]])
-def test_blocks_of_inputs_give_the_outputs_and_the_state_of_single_steps(pieces):
+@pytest.mark.parametrize(
+    "pieces", [[700], [1, 699], [255, 1, 256, 188], [3, 4, 693], [15, 16, 17, 1, 31, 33, 587], [257, 512, 258]]
+)
+@pytest.mark.parametrize("at_once", [1, 2**13, 2**20])
+def test_blocks_of_inputs_give_the_outputs_and_the_state_of_single_steps(pieces, at_once, monkeypatch):
+    monkeypatch.setattr(modal, "_AT_ONCE", at_once)
     parts, direct = draw(), torch.zeros(6, dtype=torch.float64)
     system = modal_system(*parts)
     w = torch.randn(2, 6, sum(pieces), dtype=torch.float64)

@@ -38,9 +38,16 @@ MAX_LOG_RADIUS = -1e-6
 # The float32 nearest to pi: the angle of a negative real pole.
 PI = 3.1415927410125732
 
-# Lags in a row of the matrix product that makes taps and states, rows of taps evaluated at once.
+# Lags in a row of the matrix product that makes taps at most, and taps evaluated at once.
 _BLOCK = 256
 _NUMBERS = 2**22
+
+# Inputs or outputs of a matrix product with powers of the poles, and of the powers that join such products: tables of
+# powers stay small, because their exponentials and sines in float64 cost more than all that is done with them.
+_FINE, _COARSE = 16, 16
+
+# Inputs that are taken into states at once: beyond, their sums would take as much memory as the inputs themselves.
+_AT_ONCE = 2**20
 
 
 def _exact(device: torch.device) -> torch.dtype:
@@ -89,8 +96,8 @@ def impulse_response(
 ) -> Tensor:
     """Taps of filters in modal form.
 
-    Lag 1 + 256 i + j is a product of R p^(256 i) and p^j: a matrix product with inner dimension 2 N, and no tensor of
-    N L numbers.
+    Lag 1 + M i + j is a product of R p^(M i) and p^j: a matrix product with inner dimension 2 N, and no tensor of N L
+    numbers. M is 256, or about the root of a shorter length.
 
     Args:
         log_radius, angle, residue_re, residue_im: (H, N).
@@ -103,15 +110,15 @@ def impulse_response(
     re, im = (part.unsqueeze(-1) for part in pole_parts(log_radius, angle))
     dtype, device = re.dtype, re.device
     r, i = (_residues(x, log_radius).unsqueeze(-1) for x in (residue_re, residue_im))
-    fine = torch.cat(_powers(re, im, torch.arange(_BLOCK, device=device, dtype=dtype)), dim=1)  # (H, 2 N, 256)
-    rows = (length + _BLOCK - 1) // _BLOCK
-    at_once = rows
-    if isinstance(length, int) and not torch.compiler.is_compiling():
-        at_once = max(1, _NUMBERS // (_BLOCK * max(len(direct), 1)))
+    fixed = isinstance(length, int) and not torch.compiler.is_compiling()
+    width = min(_BLOCK, 1 << (max(length, 2).bit_length() // 2)) if fixed else _BLOCK
+    fine = torch.cat(_powers(re, im, torch.arange(width, device=device, dtype=dtype)), dim=1)  # (H, 2 N, M)
+    rows = (length + width - 1) // width
+    at_once = max(1, _NUMBERS // (width * max(len(direct), 1))) if fixed else rows
     blocks = []
     for start in range(0, rows, at_once) if isinstance(length, int) else (0,):
         stop = min(start + at_once, rows) if isinstance(length, int) else rows
-        coarse = torch.arange(start, stop, device=device, dtype=dtype) * _BLOCK
+        coarse = torch.arange(start, stop, device=device, dtype=dtype) * width
         a, b = _powers(re, im, coarse)
         coarse = torch.cat([r * a - i * b, -(r * b + i * a)], dim=1)  # (H, 2 N, rows)
         blocks.append((coarse.mT @ fine).to(direct.dtype).flatten(1))
@@ -155,6 +162,12 @@ class ModalSystem(NamedTuple):
         re, im = self.powers(torch.arange(length, device=self.re.device))
         c = self.readout.unsqueeze(-1)
         return c * re - _exchanged(c) * im
+
+    def strides(self, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Powers of 0, 16, ..., 16 (count - 1) steps, (H, 1, count, d) as `_turned_rows` takes them."""
+        powers = self.powers(_FINE * torch.arange(count, device=self.re.device))
+        re, im = (x.permute(1, 2, 0).unsqueeze(1).to(dtype) for x in powers)
+        return re, im
 
 
 def _exchanged(x: Tensor, dim: int = 0) -> Tensor:
@@ -249,16 +262,29 @@ def _grouped(x: Tensor, heads: int) -> Tensor:
     return x.view(batch, size, heads, channels // heads).permute(2, 0, 3, 1).reshape(heads, -1, size)
 
 
+def _turned_rows(x: Tensor, powers: tuple[Tensor, Tensor]) -> Tensor:
+    """States in rows (..., d) times powers that broadcast."""
+    re, im = powers
+    return (x * re).addcmul_(_exchanged(x, -1), im)
+
+
 def modal_response(state: Tensor, length: int, system: ModalSystem) -> Tensor:
-    """What a state (B, d, C) adds to the next outputs, (B, C, length)."""
+    """What a state (B, d, C) adds to the next outputs, (B, C, length).
+
+    The state is moved on by every multiple of 16 steps, and one matrix product gives the 16 outputs behind each.
+    """
     batch, _, channels = state.shape
-    heads = system.re.shape[1]
+    heads, block = system.re.shape[1], _FINE * _COARSE
+    weights = system.outputs(_FINE).to(state.dtype).transpose(0, 1)  # (H, d, 16)
+    powers = system.strides(min(_COARSE, -(-length // _FINE)), state.dtype)
     blocks = []
-    for start in range(0, length, _BLOCK):
-        width = min(_BLOCK, length - start)
-        weights = system.outputs(width).to(state.dtype).transpose(0, 1)  # (H, d, width)
-        y = _grouped(state, heads) @ weights
-        blocks.append(y.view(heads, batch, channels // heads, width).transpose(0, 1).reshape(batch, channels, width))
+    for start in range(0, length, block):
+        width = min(block, length - start)
+        count = -(-width // _FINE)
+        rows = _grouped(state, heads).unsqueeze(2)  # (H, B C / H, 1, d)
+        ahead = _turned_rows(rows, (powers[0][:, :, :count], powers[1][:, :, :count])) if count > 1 else rows
+        y = (ahead.flatten(1, 2) @ weights).view(heads, batch, -1, count * _FINE)[..., :width]
+        blocks.append(y.transpose(0, 1).reshape(batch, channels, width))
         if start + width < length:
             state = decayed(state, torch.tensor([width], device=state.device), system)
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
@@ -281,30 +307,48 @@ def decayed(state: Tensor, steps: Tensor, system: ModalSystem) -> Tensor:
 def advance(state: Tensor | None, w: Tensor, system: ModalSystem) -> Tensor:
     """The state (B, d, C) after inputs w (B, C, n); None for one that has seen nothing.
 
-    Horner's scheme over blocks of 256 inputs: within blocks one matrix product with powers of the poles, between them
-    one multiplication. O(B C d) memory for each block, O(B C n d) time.
+    In three levels: a matrix product with powers of the poles takes 16 inputs each, products with powers join 16 of
+    these, and Horner's scheme the blocks of 256. O(B C d) memory beyond w for each block, O(B C n d) time.
     """
-    batch, channels, length = w.shape
-    heads, size = system.re.shape[1], system.size
-    first = length % _BLOCK or min(length, _BLOCK)
-    count = (length - first) // _BLOCK
-    weights = system.inputs(_BLOCK if count else first).to(w.dtype).permute(1, 2, 0)  # (H, width, d)
-
-    def sums(inputs: Tensor, blocks: int) -> Tensor:
-        """Contributions of whole blocks to the state behind each, (blocks, B, d, C)."""
-        width = inputs.shape[-1] // blocks
-        rows = inputs.reshape(batch, heads, -1, width).transpose(0, 1).reshape(heads, -1, width)
-        added = (rows @ weights[:, weights.shape[1] - width :]).view(heads, batch, -1, blocks, size)
-        return added.permute(3, 1, 4, 0, 2).reshape(blocks, batch, size, channels)
-
-    added = sums(w[..., :first], 1)[0]
+    length, block = w.shape[-1], _FINE * _COARSE
+    first = length % block or min(length, block)
+    weights = system.inputs(_FINE).to(w.dtype).permute(1, 2, 0)  # (H, 16, d)
+    count = -(-min(length, block) // _FINE)
+    powers = tuple(x.flip(2) for x in system.strides(count, w.dtype))
+    added = _states_of_blocks(w[..., :first], weights, powers, 1)[0]
     state = added if state is None else decayed(state, torch.tensor([first], device=w.device), system) + added
-    if count:
-        block = system.powers(torch.tensor([_BLOCK], device=w.device))
-        re, im = (x.permute(2, 0, 1).to(w.dtype) for x in block)
-        for added in sums(w[..., first:], count):
+    if length == first:
+        return state
+    at_once = max(1, _AT_ONCE // (w.shape[0] * w.shape[1] * block))
+    power = system.powers(torch.tensor([block], device=w.device))
+    re, im = (x.permute(2, 0, 1).to(w.dtype) for x in power)
+    for part in w[..., first:].split(at_once * block, dim=-1):
+        for added in _states_of_blocks(part, weights, powers, part.shape[-1] // block):
             state = _turned(state, re, im).add_(added)
     return state
+
+
+def _states_of_blocks(w: Tensor, weights: Tensor, powers: tuple[Tensor, ...], blocks: int) -> Tensor:
+    """What each of some blocks of inputs w (B, C, n) leaves behind its last one, (blocks, B, d, C).
+
+    Args:
+        w: Inputs.
+        weights: Contributions of 16 inputs to a state, (H, 16, d).
+        powers: Those of `ModalSystem.strides`, the last one 0 steps.
+        blocks: How many equal parts of w are blocks.
+    """
+    batch, channels, length = w.shape
+    heads, _, size = weights.shape
+    width = length // blocks
+    w = torch.nn.functional.pad(w, (-width % _FINE, 0)) if width % _FINE else w  # one block only: nothing came before
+    rows = w.reshape(batch, heads, -1, _FINE).transpose(0, 1).reshape(heads, -1, _FINE)
+    count = -(-width // _FINE)
+    states = (rows @ weights).view(heads, -1, count, size)  # (H, B P blocks, count, d)
+    if count > 1:
+        most = powers[0].shape[2]
+        states = _turned_rows(states, (powers[0][:, :, most - count :], powers[1][:, :, most - count :]))
+    states = states.sum(dim=2).view(heads, batch, -1, blocks, size)
+    return states.permute(3, 1, 4, 0, 2).reshape(blocks, batch, size, channels)
 
 
 __all__ = [
