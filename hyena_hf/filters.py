@@ -494,10 +494,21 @@ class ModalFilter(LongFilter):
     def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.log_radius, self.angle, self.residue_re, self.residue_im
 
-    def system(self, index: int) -> ModalSystem:
-        """The recurrence of convolution `index`, without its tap at lag 0."""
-        log_radius, angle, re, im = (x[index].detach() for x in self._parts())
-        return modal_system(log_radius, angle, re, im)
+    def forward(self, length: int, *, reverse: bool = False, system_of: int | None = None) -> Any:
+        """Taps as any filter's, or what `system` returns of a convolution."""
+        if system_of is None:
+            return super().forward(length, reverse=reverse)
+        parts = (x[system_of] for x in self._parts())
+        return modal_system(*parts), self.direct[system_of].clone()
+
+    def system(self, index: int) -> tuple[ModalSystem, Tensor]:
+        """The recurrence of convolution `index`, and its tap at lag 0 (H,).
+
+        By a call, so that hooks which fetch offloaded or sharded parameters see it; copies, because they take them
+        away again. A pole that is exactly real stays so: its angle gets no gradient, and imaginary parts of its
+        residue no meaning.
+        """
+        return self(0, system_of=index)
 
     @torch.no_grad()
     def project_(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from hyena_hf.cache import HyenaCacheLayer
+from hyena_hf.ops.modal import PI
 from tests.models import FULL, MODELS, model_of, new_model, shrink_tiles, tokens
 
 
@@ -609,3 +610,32 @@ def test_gradients_flow_through_a_cache():
     (cached,) = torch.autograd.grad(torch.cat(parts, dim=1).square().sum(), embeds)
     (whole,) = torch.autograd.grad(model(inputs_embeds=embeds, use_cache=False).logits.square().sum(), embeds)
     assert (cached - whole).abs().max().item() <= 1e-10 * whole.abs().max().item()
+
+
+@pytest.mark.parametrize("name", ["order 2", "order 3", "heads", "modal", "modal heads", "modal order 3", "online"])
+def test_gradients_of_parameters_flow_through_a_cache_of_any_kind(name):
+    """In eval mode too, where torch records gradients by default: steps of one token once raised there."""
+    model, sequence = new_model(name, torch.float64), sequences()[2][None]
+    parameters = dict(model.named_parameters())
+
+    def gradients(logits):
+        return torch.autograd.grad(logits.square().sum(), list(parameters.values()), allow_unused=True)
+
+    past = DynamicCache(config=model.config)
+    parts = [model(part, past_key_values=past).logits for part in sequence.split([12, 1, 1, 6, 1, 7], dim=1)]
+    cached, whole = gradients(torch.cat(parts, dim=1)), gradients(model(sequence, use_cache=False).logits)
+    for key, a, b in zip(parameters, cached, whole, strict=True):
+        if key.endswith("filter.angle"):  # those of poles that are real get none through a cache
+            complex_pole = (parameters[key] != 0) & (parameters[key].abs() != PI)
+            a, b = a[complex_pole], b[complex_pole]
+        assert (a - b).norm() <= 1e-8 * b.norm() + 1e-12, key
+
+
+@pytest.mark.parametrize("name", ["order 2", "heads", "modal"])
+def test_dropout_between_gates_is_at_work_in_steps_of_one_token_too(name):
+    model, ids = new_model(name, hyena_dropout=0.5).train(), tokens(1, 12)
+    past = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=past)
+        drawn = [model(ids[:, -1:], past_key_values=copy.deepcopy(past)).logits for _ in range(4)]
+    assert not all(torch.equal(drawn[0], other) for other in drawn[1:])

@@ -202,3 +202,61 @@ def test_a_calibration_set_for_a_model_without_a_head_is_refused_before_any_work
     monkeypatch.setattr(distillation, "_fit_layer", lambda *_: pytest.fail("it began to fit"))
     with pytest.raises(TypeError, match="needs a HyenaForCausalLM, got HyenaModel"):
         distill(smooth().model, state_size=2, calibration=tokens(1, 20))
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.full((1, 20), 10_000), "outside the vocabulary"),
+        (torch.rand(1, 20), "must be integers"),
+        (torch.zeros(0, 20, dtype=torch.long), "empty input"),
+        (torch.zeros(20, dtype=torch.long), r"token ids \(B, L\)"),
+    ],
+)
+def test_every_batch_of_a_calibration_set_is_looked_at_before_any_work(batch, message, monkeypatch):
+    monkeypatch.setattr(distillation, "_fit_layer", lambda *_: pytest.fail("it began to fit"))
+    with pytest.raises((TypeError, ValueError), match=f"batch 1 of the calibration set: .*{message}"):
+        distill(smooth(), state_size=2, calibration=[tokens(1, 20), batch])
+
+
+def test_a_tolerance_may_take_as_many_states_as_there_are_taps():
+    model = smooth("order 3", max_position_embeddings=8, filter_num_bands=4, sine_frequency=10.0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "filter.output" in key:
+                parameter.normal_()
+    _, report = distill(model, tolerance=1e-3)
+    assert not report.missed()
+    assert max(one.state_size for one in report.layers) == 7
+
+
+def test_a_model_of_one_position_keeps_its_taps_at_lag_0():
+    model = smooth(max_position_embeddings=1)
+    student, _ = distill(model, state_size=1)
+    ids = tokens(2, 1)
+    torch.testing.assert_close(student(ids).logits, model(ids).logits)
+
+
+def test_a_finished_model_is_never_overwritten(trained, tmp_path):
+    main(["distill", str(trained), str(tmp_path / "out"), "--state-size", "2"])
+    (tmp_path / "out" / ".distillation").mkdir()  # killed after the last file was in place
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert "is not empty" in failure(trained, tmp_path / "out", "--state-size", 4)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens", "-3"], "use at least 2"),
+        (["--state-size", "0"], "at least 1"),
+        (["--calibrate", "no-such-text"], "no such file"),
+    ],
+)
+def test_wrong_arguments_end_in_a_line_and_leave_nothing(options, message, trained, tmp_path):
+    assert message in failure(trained, tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    assert "is no folder" in failure(tmp_path / "nothing", tmp_path / "out")

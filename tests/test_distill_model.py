@@ -181,7 +181,7 @@ def test_the_command_goes_on_in_a_folder_that_a_killed_run_has_left(trained, tmp
     [
         ("", (), "holds 0 tokens"),
         ("x", ("--state-size", "0"), "must be a whole number"),
-        (None, (), "No such file"),
+        (None, (), "no such file"),
     ],
 )
 def test_the_command_ends_with_one_line_that_says_what_is_wrong(text, words, message, trained, tmp_path):

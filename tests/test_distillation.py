@@ -13,7 +13,7 @@ from hyena_hf.distillation import FitReport, fit_modal, hankel_singular_values, 
 from hyena_hf.distillation.gradient import gradient_poles
 from hyena_hf.distillation.modes import PAIR, REAL, Modes, joint_gram, moments, powers, response, taps_of
 from hyena_hf.distillation.refine import least_squares, removal_costs
-from hyena_hf.ops.modal import canonical_poles
+from hyena_hf.ops.modal import NO_POLE, advance_one, canonical_poles, modal_step, modal_system, read_out
 from tests import oracles
 from tests.filters_to_distil import exponential_like, modal, smoothed_noise
 
@@ -129,14 +129,15 @@ def test_a_channel_does_not_depend_on_its_batch():
     for channel in range(0, len(h), 2):
         alone, its_residues, _, its_report = fit_modal(h[channel : channel + 1], state_size=9)
         assert alone.shape[1] <= poles.shape[1]
-        np.testing.assert_allclose(report.relative_l2[channel], its_report.relative_l2[0], rtol=1e-3, atol=1e-9)
-        if report.method[channel] == its_report.method[0] and report.relative_l2[channel] > 1e-9:
+        # residues in float32 leave some 1e-7 of a filter that is exactly modal
+        np.testing.assert_allclose(report.relative_l2[channel], its_report.relative_l2[0], rtol=1e-3, atol=1e-7)
+        if report.method[channel] == its_report.method[0] and report.relative_l2[channel] > 1e-6:
             assert (poles[channel, : alone.shape[1]] - alone[0]).abs().max() <= 1e-5
         assert its_residues.shape == alone.shape
     assert residues.shape == poles.shape
 
 
-@pytest.mark.parametrize("scale", [1e-150, 1e20])
+@pytest.mark.parametrize("scale", [1e-30, 1e20])
 def test_the_scale_of_a_filter_changes_its_residues_only(scale):
     h = smoothed_noise(4, 300)
     poles, residues, _, report = fit_modal(h, state_size=6)
@@ -315,7 +316,8 @@ def test_residues_are_those_of_least_squares_even_for_poles_that_nearly_agree(ga
     h = smoothed_noise(2, 400)[:, 1:].contiguous()
     log_pole = torch.tensor([[-0.02 + 0.1j, -0.02 + (0.1 + gap) * 1j, -0.5]], dtype=torch.complex128).expand(2, -1)
     kind = torch.tensor([[PAIR, PAIR, REAL]]).expand(2, -1)
-    fit = least_squares(taps_of(h), Modes(log_pole, torch.zeros_like(log_pole), kind))
+    free = taps_of(h)._replace(rounding=0.0)  # however badly float32 steps would follow
+    fit = least_squares(free, Modes(log_pole, torch.zeros_like(log_pole), kind))
     columns = np.exp(log_pole[0].numpy() * np.arange(399)[:, None])
     columns = np.concatenate([columns.real, columns[:, :2].imag], axis=1)
     for cost, taps in zip(fit.cost, h.numpy(), strict=True):
@@ -420,3 +422,42 @@ def test_filters_that_make_no_sense_are_refused_with_what_to_do(h, options, mess
 def test_a_hankel_analysis_without_sense_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def awkward(length=256):
+    """Smooth filters that nearly equal poles with huge residues fit best."""
+    lag = torch.arange(length, dtype=torch.float64)
+    return torch.stack(
+        [lag * torch.exp(-lag / 20) / 7, (1 - lag / length) ** 2, lag**3 * torch.exp(-lag / 20) / 11000]
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_errors_of_the_report_are_those_of_residues_that_a_float32_model_holds(method):
+    h = torch.cat([awkward(), smoothed_noise(4, 256)])
+    poles, residues, direct, report = fit_modal(h, state_size=4, method=method)
+    stored = residues.to(torch.complex64).to(torch.complex128)
+    assert torch.equal(stored, residues)
+    for norm, found in ((2, report.relative_l2), (1, report.relative_l1)):
+        np.testing.assert_allclose(relative_error(h, poles, stored, direct, norm), found, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["auto", "era", "pursuit"])
+def test_float32_steps_of_a_fit_are_as_exact_as_its_report_says(method):
+    """Residues of 1e8 with opposite signs once made steps that were wrong by more than the whole output."""
+    h = torch.cat([awkward(1024), smoothed_noise(8, 1024)])
+    poles, residues, _, report = fit_modal(h, state_size=8, method=method)
+    log_radius = torch.where(poles == 0, NO_POLE, poles.abs().clamp(min=1e-30).log())
+    system = modal_system(log_radius, poles.angle(), residues.real, residues.imag)
+    outputs = {}
+    for dtype in (torch.float32, torch.float64):
+        generator = torch.Generator().manual_seed(0)
+        step, state, found = modal_step(system, len(h), dtype), torch.zeros(1, system.size, len(h), dtype=dtype), []
+        for _ in range(1024):
+            found.append(read_out(state, step))
+            state = advance_one(state, torch.randn(1, len(h), generator=generator).to(dtype), step)
+        outputs[dtype] = torch.cat(found).double()
+    truth = outputs[torch.float64]
+    error = (outputs[torch.float32] - truth).norm(dim=0) / truth.norm(dim=0)
+    assert error.max() <= 1e-4
+    assert (error <= 20 * report.step_error + 2e-6).all()

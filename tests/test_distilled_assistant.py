@@ -7,7 +7,9 @@ from functools import cache
 
 import pytest
 import torch
+from transformers import DynamicCache
 
+from hyena_hf import HyenaConfig, HyenaForCausalLM
 from hyena_hf.distillation import distill
 from tests.models import tokens
 from tests.test_distill_model import KINDS, smooth
@@ -63,3 +65,20 @@ def test_a_distilled_model_is_drafted_for_by_its_teacher():
     teacher, student = teacher_and_student("order 2")
     ids = tokens(1, 30)
     assert torch.equal(student.generate(ids, assistant_model=teacher, **OPTIONS), student.generate(ids, **OPTIONS))
+
+
+@pytest.mark.parametrize("initializer_range", [0.02, 0.2])
+def test_float32_steps_of_a_distilled_model_give_the_logits_of_the_whole_sequence(initializer_range):
+    """Filters that few states cannot hold once got residues of 1e5, whose float32 steps were off by 1e-2."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24}
+    model = HyenaForCausalLM(
+        HyenaConfig(**sizes, max_position_embeddings=512, initializer_range=initializer_range)
+    ).requires_grad_(False)
+    ids = torch.randint(0, 61, (2, 300))
+    for state_size in (4, 8, 16):
+        student, _ = distill(model.eval(), state_size=state_size)
+        past = DynamicCache(config=student.config)
+        steps = [student(part, past_key_values=past).logits for part in ids.split([100, *[1] * 200], dim=1)]
+        whole = student(ids, use_cache=False).logits
+        assert (torch.cat(steps, dim=1) - whole).abs().max() <= 1e-5 * max(1, whole.abs().max())

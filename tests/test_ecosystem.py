@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -260,6 +261,15 @@ def test_a_model_whose_weights_are_offloaded_gives_the_same_logits_and_tokens(fo
     assert torch.equal(model.generate(ids, **options), whole.generate(ids, **options))
     if where != "cpu":
         assert "disk" in model.hf_device_map.values()
+
+
+@pytest.mark.parametrize("name", ["order 2", "modal", "modal heads", "modal order 3"])
+def test_weights_that_are_fetched_call_by_call_serve_caches_of_every_kind(name):
+    """States once read poles beside the calls that fetch them."""
+    whole, model = (new_model(name).requires_grad_(False) for _ in range(2))
+    accelerate.cpu_offload(model, execution_device="cpu")
+    ids, options = tokens(2, 20), {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options), whole.generate(ids, **options))
 
 
 # quantisers, which are no dependency: pip install torchao bitsandbytes

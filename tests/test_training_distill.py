@@ -121,6 +121,12 @@ def test_a_folder_of_another_run_is_refused(teacher, run):
         tuned(teacher, run[1], state_size=4)
 
 
+def test_a_folder_of_another_teacher_is_refused(teacher, run):
+    other = HyenaForCausalLM(teacher.config)
+    with pytest.raises(ValueError, match="holds another run"):
+        tuned(other, run[1])
+
+
 def test_the_flags_are_frozen():
     assert vars(parse_arguments(["model", "out"])).keys() == FLAGS
 

@@ -18,6 +18,7 @@ perplexities are of.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -135,7 +136,7 @@ def distil_and_train(
     Raises:
         ValueError: the folder belongs to another run, or the model cannot be distilled.
     """
-    _claim(output_dir, {"state_size": state_size, "filters_only": filters_only})
+    _claim(output_dir, {"state_size": state_size, "filters_only": filters_only, "teacher": _digest(teacher)})
     student = distilled(teacher, output_dir, state_size, tokenizer)
     path = output_dir / SCORES
     scores = json.loads(path.read_text()) if path.exists() else {}
@@ -162,6 +163,14 @@ def _claim(output_dir: Path, this: dict[str, Any]) -> None:
             "or repeat the command with which that run was begun"
         )
     write_json(path, this)
+
+
+def _digest(model: Any) -> str:
+    """Of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def distilled(teacher: Any, output_dir: Path, state_size: int, tokenizer: Any) -> Any:

@@ -44,6 +44,11 @@ def check_same(held: Sequence[int], held_dtype: torch.dtype, given: Sequence[int
         )
 
 
+def is_frozen(held: Tensor) -> bool:
+    """Whether a tensor was made in inference mode and may not be written here, outside it."""
+    return not torch.compiler.is_compiling() and held.is_inference() and not torch.is_inference_mode_enabled()
+
+
 class History:
     """Inputs of one operator: committed ones right-aligned, then pending ones left-aligned.
 
@@ -113,7 +118,7 @@ class History:
     def _append(self, w: Tensor) -> None:
         """Write behind the past in place; the buffer doubles when it is full."""
         end = self.used + w.shape[-1]
-        stale = self.buffer is not None and self.buffer.is_inference() and not torch.is_inference_mode_enabled()
+        stale = self.buffer is not None and is_frozen(self.buffer)
         if self.buffer is None or self.buffer.shape[-1] < end or stale:
             room = max(end, self.capacity or 0, 0 if self.buffer is None else 2 * self.used)
             grown = w.new_empty(*w.shape[:2], room)
@@ -375,6 +380,7 @@ __all__ = [
     "History",
     "NoMemory",
     "check_same",
+    "is_frozen",
     "shift_left",
     "shift_right",
 ]

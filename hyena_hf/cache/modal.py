@@ -20,7 +20,7 @@ from hyena_hf.ops.modal import (
 )
 from hyena_hf.ops.precision import is_short
 
-from .history import History, check_same, shift_right
+from .history import History, check_same, is_frozen, shift_right
 from .taps import Evaluable, Taps
 from .window import Window
 
@@ -32,10 +32,8 @@ _BLOCK = 256
 class Modal(Protocol):
     """What a state asks of a filter, see `hyena_hf.filters.ModalFilter`."""
 
-    direct: Tensor  # (order - 1, H)
-
-    def system(self, index: int) -> ModalSystem:
-        """The recurrence of one convolution."""
+    def system(self, index: int) -> tuple[ModalSystem, Tensor]:
+        """The recurrence of one convolution, and its tap at lag 0 (H,)."""
         ...
 
 
@@ -70,12 +68,9 @@ class ModalState(History):
 
     def _prepare(self, long_filter: Evaluable, index: int, channels: int, w: Tensor) -> tuple[ModalSystem, ModalStep]:
         if self.system is None or self.coefficients is None:
-            modal = cast("Modal", long_filter)
-            with torch.no_grad():
-                self.system = modal.system(index)
-                self.coefficients = modal_step(self.system, channels, w.dtype)
-                direct = modal.direct[index].to(w.dtype)
-            self.direct = direct.repeat_interleave(channels // len(direct))
+            self.system, direct = cast("Modal", long_filter).system(index)
+            self.coefficients = modal_step(self.system, channels, w.dtype)
+            self.direct = direct.to(w.dtype).repeat_interleave(channels // len(direct))
         return self.system, self.coefficients
 
     def respond(self, w: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor:
@@ -172,7 +167,7 @@ class ModalState(History):
         self._replace(following)
 
     def _replace(self, following: Tensor) -> None:
-        if self.fixed and self.buffer is not None:
+        if self.fixed and self.buffer is not None and not is_frozen(self.buffer):
             self.buffer.copy_(following)
         else:  # what matrix products have left has another layout, which every step to come would inherit
             self.buffer = following.contiguous()

@@ -7,7 +7,7 @@ from torch import Tensor
 from hyena_hf.ops import short_conv
 from hyena_hf.ops.short_conv import short_conv_step
 
-from .history import History, check_same, shift_right
+from .history import History, check_same, is_frozen, shift_right
 
 
 class Window(History):
@@ -50,7 +50,7 @@ class Window(History):
 
     def replace(self, following: Tensor) -> None:
         """Go on from another window (B, K - 1, C)."""
-        if self.fixed and self.buffer is not None:
+        if self.fixed and self.buffer is not None and not is_frozen(self.buffer):
             self.buffer.copy_(following)
         else:
             self.buffer = following

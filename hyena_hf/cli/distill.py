@@ -6,7 +6,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,23 +47,31 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.weighted and arguments.calibrate is None:
         raise ValueError("--weighted needs a text to measure on; add --calibrate TEXT")
-    with _writing(arguments.target):
-        work = claim(arguments.target)
+    _check_inputs(arguments)
+    check_target(arguments.target)
     model: Any = AutoModelForCausalLM.from_pretrained(arguments.source).eval()
     tokenizer = _tokenizer(arguments.source)
     calibration = None
     if arguments.calibrate is not None:
         limit = model.config.max_position_embeddings
         calibration = read_tokens(arguments.calibrate, tokenizer, arguments.tokens, limit)
-    student, report = distill(
-        model,
-        state_size=arguments.state_size,
-        tolerance=arguments.tolerance,
-        calibration=calibration,
-        weighted=arguments.weighted,
-        work_dir=work,
-        progress=sys.stderr.isatty(),
-    )
+    with _writing(arguments.target):
+        work = claim(arguments.target)
+    try:
+        student, report = distill(
+            model,
+            state_size=arguments.state_size,
+            tolerance=arguments.tolerance,
+            calibration=calibration,
+            weighted=arguments.weighted,
+            work_dir=work,
+            progress=sys.stderr.isatty(),
+        )
+    except (TypeError, ValueError):
+        for folder in (work, arguments.target):
+            with suppress(OSError):  # it holds finished layers
+                folder.rmdir()
+        raise
     with _writing(arguments.target):
         unfinished = arguments.target / _UNFINISHED
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -91,13 +99,29 @@ def _writing(target: Path) -> Iterator[None]:
         ) from error
 
 
-def claim(target: Path) -> Path:
-    """Folder for unfinished work inside a new one, or one that a killed run has left; any other is refused."""
+def _check_inputs(arguments: argparse.Namespace) -> None:
+    source, text = arguments.source, arguments.calibrate
+    if not Path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        raise ValueError(f"{source} is no folder, and no name on the hub (OWNER/NAME); name that of a trained model")
+    if text is not None and not text.is_file():
+        raise ValueError(f"--calibrate {text}: there is no such file; name a text")
+    if arguments.tokens < 2:
+        raise ValueError(f"--tokens {arguments.tokens} predict nothing; use at least 2")
+
+
+def check_target(target: Path) -> None:
+    """Refuse a folder that holds something else than what a killed run has left."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; name a new folder")
-    work = target / _WORK
-    if target.exists() and not work.exists() and (held := next(target.iterdir(), None)) is not None:
+    begun = (target / _WORK).exists() and not (target / "config.json").exists()
+    if target.exists() and not begun and (held := next(target.iterdir(), None)) is not None:
         raise ValueError(f"{target} is not empty (it holds {held.name}); name a new folder")
+
+
+def claim(target: Path) -> Path:
+    """Folder for unfinished work inside a new one, or one that a killed run has left; any other is refused."""
+    check_target(target)
+    work = target / _WORK
     work.mkdir(parents=True, exist_ok=True)
     return work
 

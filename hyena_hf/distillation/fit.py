@@ -6,8 +6,8 @@
 LaughingHyena (Massaroli et al. 2023, arXiv 2310.18780) finds poles and residues by gradient descent. The problem has
 many local minima, so what decides is where one starts (`benchmarks/bench_distill.py`): here from Hankel matrices and
 from matching pursuit (`poles.py`, `pursuit.py`), residues by least squares, both refined (`refine.py`), and the better
-one kept for every channel. Poles are then rounded to what a float32 model can hold and residues fitted once more, so
-that the errors of the report are those of the model.
+one kept for every channel. Poles are then rounded to what a float32 model can hold, residues fitted once more and
+rounded too, so that the errors of the report are those of the model.
 
 C channels, L taps, N modes.
 """
@@ -24,11 +24,11 @@ from hyena_hf.ops.modal import PI, canonical_poles
 from .certificates import largest_gain, least_error, tail_sum
 from .gradient import gradient_poles
 from .hankel import HankelFactors, hankel_factors, order_for_tolerance, window_size
-from .modes import NOTHING, PAIR, REAL, UNUSED, Modes, Taps, flat, no_modes, packed, taps_of, widened
+from .modes import NOTHING, PAIR, REAL, UNUSED, Modes, Taps, flat, no_modes, packed, powers, response, taps_of, widened
 from .poles import era_poles
 from .pursuit import pursue
-from .refine import Fit, least_squares, polish, prune, stacked
-from .weighting import filtered, weighted_taps
+from .refine import Fit, calmed, least_squares, polish, prune, stacked, step_errors
+from .weighting import error_energy, filtered, weighted_taps
 
 
 Method = Literal["auto", "era", "pursuit", "balanced", "gradient"]
@@ -38,7 +38,9 @@ _SPARE_VALUES = 8  # Hankel singular values beyond the order asked for
 _SHORT, _LONG = 6, 60  # steps of refinement before and after the better start is known
 _STARTS = "era", "era, pruned", "pursuit", "unweighted"
 _MORE = 4  # states that are pruned
-_EXACT, _EQUAL = 1e-20, 1.0001  # share of the energy, and of the least cost, up to which fits are equally good
+# Share of the energy, of which residues in float32 leave as much, and of the least cost, up to which fits are equally
+# good.
+_EXACT, _EQUAL = 1e-14, 1.0001
 _CLOSE = 2.0  # sum of squares over that of the better start, up to which both are refined to the end
 _ROUNDINGS = 4  # of a pole; two are enough for nearly all
 _NUMBERS = 2**17  # taps at once
@@ -53,6 +55,8 @@ class FitReport:
         relative_l2, relative_l1: Norm of the error over that of the filter, lag 0 left out of both.
         relative_output: Root mean square of the error of outputs over that of outputs, lag 0 left out of both, for
             inputs of the spectrum that was fitted for; where none was given, for white ones: `relative_l2`.
+        step_error: Root mean square error of outputs that float32 steps of the recurrence make by their rounding, over
+            that of outputs, for the same inputs; an estimate. The parallel form has none of it.
         h_infinity: Upper bound of |E(f)|, the largest gain of the error: not relative.
         tail: Upper bound of the sum of |taps| of the fit beyond the last tap: not relative.
         lower_bound: Relative l2 error that no filter of `state_size` states can be below.
@@ -65,6 +69,7 @@ class FitReport:
     relative_l2: Tensor
     relative_l1: Tensor
     relative_output: Tensor
+    step_error: Tensor
     h_infinity: Tensor
     tail: Tensor
     lower_bound: Tensor
@@ -217,7 +222,7 @@ def _fit_chunk(h: Tensor, power: Tensor | None, state_size: int, method: Method)
     live = scale > 0
     modes, names = no_modes(channels, 0, h), ["none"] * channels
     lower, order = h.new_zeros(channels), torch.zeros(channels, dtype=torch.int64, device=h.device)
-    output = h.new_zeros(channels)
+    output, steps = h.new_zeros(channels), h.new_zeros(channels)
     error = h.clone()
     error[:, 0] = 0
     if live.any():
@@ -225,16 +230,17 @@ def _fit_chunk(h: Tensor, power: Tensor | None, state_size: int, method: Method)
         fit, chosen = _METHODS[method](job)
         fit = _rounded(job.taps, fit.modes)
         index = live.nonzero().flatten()
-        used = fit.modes._replace(residue=fit.modes.residue * scale[live].unsqueeze(1))
+        used, residual = _stored(job.taps, fit.modes, scale[live].unsqueeze(1))
         modes = packed(modes.replaced(index, used))
-        error[live, 1:] = flat(fit.residual, job.taps.length) * scale[live].unsqueeze(1)
-        output[live] = (fit.cost.clamp(min=0) / job.taps.energy).sqrt()
+        error[live, 1:] = flat(residual, job.taps.length) * scale[live].unsqueeze(1)
+        steps[live] = step_errors(job.taps, fit.modes)
+        output[live] = (error_energy(job.taps, residual).clamp(min=0) / job.taps.energy).sqrt()
         least = least_error(job.window, job.factors, state_size)
         lower[live] = least / flat(job.taps.blocks, job.taps.length).norm(dim=1)
         order[live] = order_for_tolerance(job.factors.values.abs(), _SUGGESTION)
         for channel, name in zip(index.tolist(), chosen, strict=True):
             names[channel] = name
-    report = _report(h, error, modes, (lower, order, names))
+    report = replace(_report(h, error, modes, (lower, order, names)), step_error=steps)
     return modes, report if power is None else replace(report, relative_output=output)
 
 
@@ -248,12 +254,12 @@ def _analysed(x: Tensor, power: Tensor | None, states: int) -> _Job:
 
 def _era(job: _Job) -> tuple[Fit, list[str]]:
     fit = least_squares(job.taps, packed(era_poles(job.heard, job.states)))
-    return polish(job.taps, fit, _LONG), ["era"] * len(fit.cost)
+    return calmed(job.taps, polish(job.taps, fit, _LONG), _LONG), ["era"] * len(fit.cost)
 
 
 def _pursuit(job: _Job) -> tuple[Fit, list[str]]:
     fit = pursue(job.taps, job.states)
-    return polish(job.taps, fit, _LONG), ["pursuit"] * len(fit.cost)
+    return calmed(job.taps, polish(job.taps, fit, _LONG), _LONG), ["pursuit"] * len(fit.cost)
 
 
 def _balanced(job: _Job) -> tuple[Fit, list[str]]:
@@ -289,7 +295,8 @@ def _auto(job: _Job) -> tuple[Fit, list[str]]:
     # of equally good ones the first: it has the fewest states, and rounding does not decide
     costs = fits.cost.view(-1, len(channels))
     winner = (costs <= _EQUAL * costs.amin(dim=0) + _EXACT * taps.energy).int().argmax(dim=0)
-    return fits.rows(winner * len(channels) + channels), [_STARTS[number] for number in winner.tolist()]
+    fit = calmed(taps, fits.rows(winner * len(channels) + channels), _LONG)
+    return fit, [_STARTS[number] for number in winner.tolist()]
 
 
 def _unweighted(job: _Job) -> list[Fit]:
@@ -337,6 +344,15 @@ def _rounded(taps: Taps, modes: Modes) -> Fit:
     return least_squares(taps, packed(_sorted(Modes(log_pole, modes.residue, kind))))
 
 
+def _stored(taps: Taps, modes: Modes, scale: Tensor) -> tuple[Modes, Tensor]:
+    """Modes times a scale (C, 1) with residues in float32, and the residual that these leave, in the unit of taps."""
+    residue = (modes.residue * scale).to(torch.complex64).to(torch.complex128)
+    if modes.kind.shape[1] == 0:
+        return modes, taps.blocks
+    left = taps.blocks - response(powers(modes.log_pole, taps.blocks), residue / scale, taps.length)
+    return modes._replace(residue=residue), left
+
+
 def _sorted(modes: Modes) -> Modes:
     """By angle, and slow poles first where it is the same."""
     by_rate = modes.log_pole.real.argsort(dim=1, descending=True, stable=True)
@@ -356,6 +372,7 @@ def _report(h: Tensor, error: Tensor, modes: Modes, analysis: tuple[Tensor, Tens
         relative_l2=share(2),
         relative_l1=share(1),
         relative_output=share(2),
+        step_error=torch.zeros_like(lower),
         h_infinity=largest_gain(error),
         tail=tail_sum(modes, h.shape[1]),
         lower_bound=lower,

@@ -8,7 +8,6 @@ with modal filters (`hyena_hf.filters.ModalFilter`), which saves, loads, trains 
 
 import copy
 import hashlib
-import itertools
 import math
 import os
 import warnings
@@ -23,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
+from hyena_hf.configuration_hyena import HyenaConfig
 from hyena_hf.filters import LongFilter, ModalFilter
 from hyena_hf.mixers import HyenaMixer
-from hyena_hf.modeling_hyena import HyenaForCausalLM, HyenaPreTrainedModel
+from hyena_hf.modeling_hyena import HyenaForCausalLM, HyenaPreTrainedModel, check_stream
 from hyena_hf.ops.modal import NO_POLE
 
 from .fit import FitReport, fit_modal
@@ -38,6 +38,7 @@ Model = TypeVar("Model", bound=HyenaPreTrainedModel)
 
 # State sizes that are tried for a tolerance: a filter that needs more gains little from being a recurrence.
 _SIZES = (2, 4, 8, 12, 16, 24, 32, 48, 64)
+_VERSION = 2  # of the fits: layers that an older one has left in a work folder are fitted anew
 _SHOWN = 64  # Hankel singular values in a report
 
 
@@ -93,18 +94,17 @@ def distill(
     batches = None
     if calibration is not None:
         _check_head(model)  # before hours of work
-        batches = _checked(calibration)
+        batches = _checked(calibration, model.config)
     folder = None if work_dir is None else Path(work_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     spectra: dict[int, Tensor] = {}
     if weighted and batches is not None:
-        batches = list(batches)
         spectra = input_spectra(model, batches)
     fits, reports = {}, []
     for layer in _shown(layers, progress):
         h = _taps(model, layers[layer])
-        choices = _SIZES if tolerance is not None else (sizes[layer],)
+        choices = _choices(h) if tolerance is not None else (sizes[layer],)
         path = None if folder is None else folder / f"layer_{layer}"
         fit, size = _fit_layer(h, spectra.get(layer), choices, tolerance, path)
         fits[layer], sizes[layer] = fit, size
@@ -113,10 +113,11 @@ def distill(
     calibrated = None if batches is None else compare(model, student, batches)
     report = DistillationReport(reports, tolerance, calibrated, weighted)
     if missed := report.missed():
+        largest = max(one.state_size for one in reports)
+        worst = max(float(one.filters.relative_output.max()) for one in reports)
         warnings.warn(
-            f"{len(missed)} filters miss the tolerance of {tolerance:g} with up to {_SIZES[-1]} states, the worst by "
-            f"{max(float(one.filters.relative_output.max()) for one in reports):.3g}; see the report, and keep the "
-            f"original model where its logits matter",
+            f"{len(missed)} filters miss the tolerance of {tolerance:g} with up to {largest} states, the worst by "
+            f"{worst:.3g}; see the report, and keep the original model where its logits matter",
             stacklevel=2,
         )
     return student, report
@@ -198,10 +199,16 @@ def _fit_layer(
 def _mark(h: Tensor, spectrum: Tensor | None, sizes: Sequence[int], tolerance: float | None) -> str:
     """Digest of all that decides about a fit."""
     kept = [one.name for one in fields(FitReport)]  # another version keeps others
-    digest = hashlib.sha256(h.numpy().tobytes() + repr((tuple(sizes), tolerance, kept)).encode())
+    digest = hashlib.sha256(h.numpy().tobytes() + repr((_VERSION, tuple(sizes), tolerance, kept)).encode())
     if spectrum is not None:
         digest.update(spectrum.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _choices(h: Tensor) -> tuple[int, ...]:
+    """Sizes to try for a tolerance, the largest that these taps can use among them."""
+    most = min(_most(h), _SIZES[-1])
+    return (*(size for size in _SIZES if size < most), most)
 
 
 def _most(h: Tensor) -> int:
@@ -278,7 +285,9 @@ def _read(path: Path, mark: str) -> tuple[_Fit, int] | None:
 
 def _report(layer: int, size: int, h: Tensor, fit: _Fit) -> LayerReport:
     error = fit.report.relative_l2
-    sigma = hankel_singular_values(h, min(_SHOWN, window_size(h.shape[1])))
+    sigma = torch.zeros(len(h), 1, dtype=h.dtype)  # of a filter that is its tap at lag 0
+    if h.shape[1] > 1:
+        sigma = hankel_singular_values(h, min(_SHOWN, window_size(h.shape[1])))
     shares = sigma / sigma[:, :1].clamp(min=torch.finfo(sigma.dtype).tiny)
     chosen = error.argsort()[[len(error) // 2, -1]].tolist()
     samples = [Sample(c, h[c].float(), _response(fit, c, h.shape[1]).float()) for c in chosen]
@@ -329,22 +338,31 @@ def _fill(modal: ModalFilter, fit: _Fit) -> None:
     modal.direct.copy_(fit.direct.view(shape[:2]))
 
 
-def _checked(calibration: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
-    """Batches of token ids, the first one looked at before any work begins."""
-    batches = iter((calibration,) if isinstance(calibration, Tensor) else calibration)
-    first = next(batches, None)
-    if first is None:
+def _checked(calibration: Tensor | Iterable[Tensor], config: HyenaConfig) -> list[Tensor]:
+    """Batches of token ids, all of them looked at before any work begins."""
+    batches = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+    if not batches:
         raise ValueError("the calibration set is empty; give token ids (B, L), or batches of them")
-    return map(_as_ids, itertools.chain([_as_ids(first)], batches))
+    for number, ids in enumerate(batches):
+        try:
+            _check_ids(ids, config)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"batch {number} of the calibration set: {error}") from error
+    return batches
 
 
-def _as_ids(ids: Tensor) -> Tensor:
+def _check_ids(ids: Tensor, config: HyenaConfig) -> None:
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"a calibration batch is a tensor of token ids (B, L), got {got}")
-    if ids.shape[1] < 2:
-        raise ValueError(f"a calibration row of {ids.shape[1]} token predicts nothing; give rows of at least 2")
-    return ids
+    _, length, _ = check_stream(ids, None, config)
+    if length < 2:
+        raise ValueError(f"a calibration row of {length} token predicts nothing; give rows of at least 2")
+    limited = config.beyond_trained_length == "refuse" or config.trainable_positional_features
+    if limited and length > config.max_position_embeddings:
+        raise ValueError(
+            f"a row of {length} tokens exceeds max_position_embeddings ({config.max_position_embeddings}); cut it"
+        )
 
 
 @torch.no_grad()

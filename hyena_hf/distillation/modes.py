@@ -28,6 +28,9 @@ NOTHING = -60.0
 # 2 float32 steps below 1: rounding its parts cannot take a pole out of the unit disc.
 MAX_RADIUS = 1 - 2.0**-23
 
+# A quarter of the spacing of float32: what the roundings of a step come to.
+ROUNDING = 1.5e-8
+
 # log(-log r) of the slowest and of the fastest pole that a fit may have.
 SLOWEST, FASTEST = -15.9, 3.0
 
@@ -92,17 +95,19 @@ class Taps(NamedTuple):
         length: M.
         energy: Sum of squares, (C,), or what `spectrum` makes of it.
         spectrum: Weight of errors by frequency, see `weighting.py`; None: all count alike.
+        rounding: Relative size of the rounding of a state that counts as an error, see `refine.py`.
     """
 
     blocks: Tensor
     length: int
     energy: Tensor
     spectrum: Tensor | None = None
+    rounding: float = ROUNDING
 
     def rows(self, index: Tensor) -> "Taps":
         """Some channels."""
         spectrum = None if self.spectrum is None else self.spectrum[index]
-        return Taps(self.blocks[index], self.length, self.energy[index], spectrum)
+        return Taps(self.blocks[index], self.length, self.energy[index], spectrum, self.rounding)
 
 
 def taps_of(x: Tensor) -> Taps:

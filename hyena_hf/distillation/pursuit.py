@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .modes import PAIR, REAL, Modes, Taps, flat, no_modes, packed
 from .refine import Fit, least_squares, polish
-from .weighting import filtered
+from .weighting import error_energy, filtered
 
 
 _RATIO = 1.7  # of neighbouring time constants
@@ -89,7 +89,10 @@ def pursue(taps: Taps, states: int) -> Fit:
     """Poles for `states` real numbers a channel, refined; fewer where nothing is left to explain."""
     fit = Fit(no_modes(len(taps.energy), 0, taps.blocks), taps.blocks, taps.energy)
     while True:
-        free = torch.where(fit.cost <= _EXPLAINED * taps.energy, 0, states - fit.modes.states)
+        left = error_energy(taps, fit.residual)
+        # less than what float32 steps make of it, which is the rest of the cost
+        explained = (left <= _EXPLAINED * taps.energy) | (left <= fit.cost - left)
+        free = torch.where(explained, 0, states - fit.modes.states)
         index = (free > 0).nonzero().flatten()
         if not len(index):
             return fit._replace(modes=packed(fit.modes))

@@ -6,6 +6,12 @@ refinement on the residual of all taps gives back what they lose (corrected semi
 where the condition of the scaled columns is above 1e5 (1e10 for the Gram matrix) an orthogonal factorisation of the
 columns takes over.
 
+Nearly equal poles with large residues of opposite signs fit well and are useless: their float32 states round each by
+itself, and the difference is made of roundings. For white inputs the states of a mode have the size of its column a,
+roundings of relative size u add up to u |a|^2 over its memory, and the output is wrong by u |R| |a|^2. The square of
+that is added to the sum of squares that residues and poles make small, as one error beside the other; where it is
+large all the same, it is made to count more until poles part, as long as the fit does not suffer.
+
 Poles are refined by variable projection (Golub and Pereyra 1973) in Kaufman's approximation (1975): a
 Levenberg-Marquardt step of poles and residues together that damps the poles only, then residues anew. Poles move in
 log(-log r) and angle, so none leaves the unit disc and slow ones move as freely as fast ones. Each channel has a
@@ -25,6 +31,7 @@ from .modes import (
     NOTHING,
     PAIR,
     REAL,
+    ROUNDING,
     SLOWEST,
     UNUSED,
     Modes,
@@ -44,6 +51,9 @@ _WORST_CONDITION = 1e10
 _RCOND = 1e-13
 _GIVE_UP = 1e7  # damping
 _STALLED = 1e-4  # relative gain of three steps together
+_STEP_ERROR = 1e-6  # relative error of outputs that roundings of states may make
+_DEARER, _MOST_DEAR = 30.0, 1e-3  # factor by which roundings count more where they make a larger one; u at most
+_WORSE = 1.02  # relative l2 error over that before, which fewer roundings may cost
 
 
 def column_mask(kind: Tensor) -> Tensor:
@@ -79,8 +89,39 @@ def _as_residues(coefficients: Tensor) -> Tensor:
     return torch.complex(*coefficients.chunk(2, dim=1))
 
 
+def _stiffness(taps: Taps, matrix: Tensor) -> Tensor:
+    """What a squared coefficient of the columns Re z^t, -Im z^t adds to the error of float32 steps, (C, 2 N).
+
+    The two of a pair share a state, which is as large as both columns together.
+
+    Args:
+        taps: Only its rounding counts.
+        matrix: Gram matrix of these columns (C, 2 N, 2 N).
+    """
+    real, imaginary = matrix.diagonal(dim1=1, dim2=2).unflatten(1, (2, -1)).unbind(dim=1)
+    size = (real + imaginary).clamp(min=0) * taps.rounding
+    return size.square().repeat(1, 2)
+
+
+def _damping(stiffness: Tensor, matrix: Tensor) -> Tensor:
+    """The same on the unit diagonal of the scaled matrix."""
+    return stiffness / matrix.diagonal(dim1=1, dim2=2).clamp(min=1e-300)
+
+
+def _coefficients(residue: Tensor) -> Tensor:
+    return torch.cat([residue.real, residue.imag], dim=1)
+
+
+def _step_energy(taps: Taps, matrix: Tensor, residue: Tensor) -> Tensor:
+    """Squared error of outputs that float32 steps make, for white inputs, (C,)."""
+    return (_stiffness(taps, matrix) * _coefficients(residue).square()).sum(dim=1)
+
+
 class Fit(NamedTuple):
-    """Modes with their residual (C, rows, B) and its sum of squares (C,), weighted where the taps are."""
+    """Modes with their residual (C, rows, B) and its sum of squares (C,), weighted where the taps are.
+
+    The sum includes the squared error that float32 steps add.
+    """
 
     modes: Modes
     residual: Tensor
@@ -107,14 +148,16 @@ def _corrected(taps: Taps, modes: Modes, power: Powers, rounds: int) -> tuple[Fi
     """Least squares from the residues that there are; also the Gram matrix."""
     mask = column_mask(modes.kind)
     matrix = weighted_gram(taps, modes.log_pole)
-    residue = modes.residue
+    stiffness, residue = _stiffness(taps, matrix), modes.residue
     residual = taps.blocks - response(power, residue, taps.length)
     for _ in range(rounds):
         moment, _ = weighted_moments(taps, power, residual)
-        change = _as_residues(_solve(matrix, _as_columns(moment), mask))
+        right = _as_columns(moment) - stiffness * _coefficients(residue)
+        change = _as_residues(_solve(matrix, right, mask, _damping(stiffness, matrix)))
         residue = residue + change
         residual = residual - response(power, change, taps.length)
-    return Fit(modes._replace(residue=residue), residual, error_energy(taps, residual)), matrix
+    cost = error_energy(taps, residual) + _step_energy(taps, matrix, residue)
+    return Fit(modes._replace(residue=residue), residual, cost), matrix
 
 
 def least_squares(taps: Taps, modes: Modes) -> Fit:
@@ -134,13 +177,17 @@ def least_squares(taps: Taps, modes: Modes) -> Fit:
     residue, residual = fit.modes.residue.clone(), fit.residual.clone()
     for channel in bad.nonzero().flatten().tolist():
         one = slice(channel, channel + 1)
-        residue[one] = _orthogonal(taps, power, mask, channel)
+        residue[one] = _orthogonal(taps, power, mask, channel, _damping(_stiffness(taps, matrix), matrix)[channel])
         residual[one] = taps.blocks[one] - response(Powers(*(p[one] for p in power)), residue[one], taps.length)
-    return Fit(modes._replace(residue=residue), residual, error_energy(taps, residual))
+    cost = error_energy(taps, residual) + _step_energy(taps, matrix, residue)
+    return Fit(modes._replace(residue=residue), residual, cost)
 
 
-def _orthogonal(taps: Taps, power: Powers, mask: Tensor, channel: int) -> Tensor:
-    """Least squares of one channel by QR, directions below 1e-13 of the largest left out: (1, N) complex."""
+def _orthogonal(taps: Taps, power: Powers, mask: Tensor, channel: int, damping: Tensor) -> Tensor:
+    """Least squares of one channel by QR, directions below 1e-13 of the largest left out: (1, N) complex.
+
+    The damping (2 N,) is that of `_damping`.
+    """
     table = power.coarse[channel].unsqueeze(-1) * power.fine[channel].unsqueeze(-2)  # (N, rows, B)
     some = taps.rows(torch.tensor([channel], device=mask.device))
     rows = flat(table, taps.length)
@@ -149,11 +196,20 @@ def _orthogonal(taps: Taps, power: Powers, mask: Tensor, channel: int) -> Tensor
     columns, target = rows[:-1].mT, rows[-1]
     size = columns.norm(dim=0).clamp(min=1e-300)
     q, r = torch.linalg.qr(columns / size)
-    u, s, vh = torch.linalg.svd(r)
+    r = torch.cat([r, torch.diag(damping[mask[channel]].sqrt())])
+    u, s, vh = torch.linalg.svd(r, full_matrices=False)
     inverse = torch.where(s > _RCOND * s[0], 1 / s, 0) if len(s) else s
     found = torch.zeros(mask.shape[1], dtype=torch.float64, device=columns.device)
-    found[mask[channel]] = vh.mT @ (inverse * (u.mT @ (q.mT @ target))) / size
+    seen = q.mT @ target
+    found[mask[channel]] = vh.mT @ (inverse * (u[: len(seen)].mT @ seen)) / size
     return _as_residues(found.unsqueeze(0))
+
+
+def _without_slopes(matrix: Tensor) -> Tensor:
+    """Gram matrix of z^t from that of z^t and R t z^t, (C, 2 N, 2 N)."""
+    count = matrix.shape[1] // 4
+    kept = [*range(count), *range(2 * count, 3 * count)]
+    return matrix[:, kept][:, :, kept]
 
 
 def _step(fit: Fit, taps: Taps, power: Powers, damping: Tensor) -> Modes:
@@ -166,7 +222,11 @@ def _step(fit: Fit, taps: Taps, power: Powers, damping: Tensor) -> Modes:
     used, pair = (kind != UNUSED), (kind == PAIR)
     mask = torch.cat([used, used, pair, pair], dim=1)
     nonlinear = torch.cat([torch.zeros_like(used), used, torch.zeros_like(used), pair], dim=1)
-    found = _solve(matrix, right, mask, nonlinear * damping.unsqueeze(1))
+    linear = torch.cat([used, torch.zeros_like(used), pair, torch.zeros_like(used)], dim=1)
+    of_columns = _stiffness(taps, _without_slopes(matrix)).unflatten(1, (2, -1))
+    stiffness = torch.cat([of_columns, torch.zeros_like(of_columns)], dim=2).flatten(1) * linear
+    right = right - stiffness * torch.cat([residue.real, residue.real, residue.imag, residue.imag], dim=1)
+    found = _solve(matrix, right, mask, _damping(stiffness, matrix) + nonlinear * damping.unsqueeze(1))
     change = _as_residues(found)
     residue_change, pole_change = change.chunk(2, dim=1)
     rate = -log_pole.real
@@ -202,6 +262,31 @@ def polish(taps: Taps, fit: Fit, steps: int) -> Fit:
     return result
 
 
+def step_errors(taps: Taps, modes: Modes) -> Tensor:
+    """Relative error of outputs that roundings of float32 states make, for white inputs, (C,); an estimate."""
+    if modes.kind.shape[1] == 0:
+        return torch.zeros_like(taps.energy)
+    exact = taps._replace(rounding=ROUNDING)
+    return (_step_energy(exact, weighted_gram(taps, modes.log_pole), modes.residue) / taps.energy).sqrt()
+
+
+def calmed(taps: Taps, fit: Fit, steps: int) -> Fit:
+    """Fits whose float32 steps are as exact as may be: roundings count more and more where they make large errors.
+
+    Nearly equal poles with large residues of opposite signs give way to others that fit about as well.
+    """
+    rounding = taps.rounding
+    while (rounding := rounding * _DEARER) <= _MOST_DEAR:
+        index = (step_errors(taps, fit.modes) > _STEP_ERROR).nonzero().flatten()
+        if not len(index):
+            break
+        some, before = taps.rows(index)._replace(rounding=rounding), fit.rows(index)
+        tried = polish(some, least_squares(some, before.modes), steps)
+        good = error_energy(some, tried.residual) <= _WORSE**2 * error_energy(some, before.residual)
+        fit = fit.replaced(index[good], tried.rows(good))
+    return fit
+
+
 def removal_costs(taps: Taps, modes: Modes) -> Tensor:
     """How much the sum of squares grows when a slot goes and the other residues adapt, (C, N); inf where unused.
 
@@ -211,7 +296,8 @@ def removal_costs(taps: Taps, modes: Modes) -> Tensor:
     mask = column_mask(modes.kind)
     matrix = weighted_gram(taps, modes.log_pole)
     eye = torch.eye(2 * count, dtype=torch.float64, device=matrix.device)
-    inverse = torch.stack([_solve(matrix, row.expand(len(matrix), -1), mask) for row in eye], dim=1)
+    damping = _damping(_stiffness(taps, matrix), matrix)
+    inverse = torch.stack([_solve(matrix, row.expand(len(matrix), -1), mask, damping) for row in eye], dim=1)
     slot = torch.arange(count, device=matrix.device)
     re, im, cross = inverse[:, slot, slot], inverse[:, slot + count, slot + count], inverse[:, slot, slot + count]
     a, b = modes.residue.real, modes.residue.imag

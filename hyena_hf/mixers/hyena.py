@@ -163,7 +163,7 @@ class HyenaMixer(nn.Module):
             memory = cache_layer
             make = partial(self.make_histories, plan=memory.plan)
             memory.attach(make, hidden_states.shape[0], hidden_states.device, self.frozen)
-        if cache_layer is not None and segments is None and cache_layer.steps(hidden_states.shape[1]):
+        if cache_layer is not None and segments is None and self._takes_step(hidden_states, cache_layer):
             y = self.step(self.in_proj(hidden_states).squeeze(1), cache_layer)
             return self.out_proj(y.to(hidden_states.dtype).unsqueeze(1))
         in_layout = is_plain(self.in_proj, hidden_states) and is_plain(self.out_proj, hidden_states)
@@ -185,6 +185,10 @@ class HyenaMixer(nn.Module):
             return y.transpose(1, 2).to(rows.dtype).contiguous()
 
         return self.out_proj(over_rows(segments, mix, self.in_proj(hidden_states)))
+
+    def _takes_step(self, hidden_states: Tensor, cache_layer: HyenaCacheLayer) -> bool:
+        """Whether `step` serves: one token a row, and no dropout between the gates."""
+        return cache_layer.steps(hidden_states.shape[1]) and not (self.training and self.dropout)
 
     def step(self, p: Tensor, memory: HyenaCacheLayer) -> Tensor:
         """Mix one token a row, of which a cache knows the past: projections p (B, (N + 1) D) -> (B, D)."""

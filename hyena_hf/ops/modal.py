@@ -243,8 +243,8 @@ def advance_one(state: Tensor, w: Tensor, step: ModalStep) -> Tensor:
     if step.cross is None:
         return torch.addcmul(w, state, step.decay)
     old, (to_first, to_second) = state.chunk(2, dim=1), step.cross
-    if torch.compiler.is_compiling():
-        # writes into halves would become copies of the whole
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        # compilers make copies of the whole of writes into halves, and autograd refuses them
         decay = step.decay.chunk(2)
         first = torch.addcmul(w, old[0], decay[0]) + old[1] * to_first
         second = torch.addcmul(w, old[1], decay[1]) + old[0] * to_second
