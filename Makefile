@@ -25,7 +25,7 @@ help:  ## list the targets
 
 env: $(ENV)  ## make .venv with everything pinned in constraints.txt
 
-demo: $(ENV)  ## train a byte-level Hyena beside GPT-2 and Llama, generate, report in runs/demo
+demo: $(ENV)  ## train a byte-level Hyena beside GPT-2 and Llama, distil it, generate, report in runs/demo
 	$(PY) -m training.demo $(if $(filter-out 0,$(SMOKE)),--smoke) $(if $(DATA),--data "$(DATA)")
 
 test: $(ENV)  ## the default test suite
