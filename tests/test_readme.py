@@ -28,7 +28,7 @@ def test_make_demo_in_its_smoke_form_writes_the_page_and_the_numbers():
     shutil.rmtree(output, ignore_errors=True)
     subprocess.run(["make", "demo", "SMOKE=1"], cwd=ROOT, check=True, capture_output=True, timeout=300)
     results = json.loads((output / "results.json").read_text())
-    assert set(results["models"]) == {"hyena", "gpt2", "llama"}
+    assert set(results["models"]) == {"hyena", "hyena, distilled", "gpt2", "llama"}
     assert "<svg" in (output / "report.html").read_text()
 
 
