@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 DECODE_CACHES = ("auto", "history", "online")
 
-# Tokens of a whole sequence from which on tiles are faster (benchmarks/bench_generate.py, section `online`); but a few
-# new tokens do not pay for them.
-CROSSOVER, FEW = 256, 16
+# Tokens of a whole sequence from which on a generation by tiles is faster (benchmarks/bench_generate.py, section
+# `online`: one convolution from 384 tokens on, a whole model once some 700 are there); a few new tokens do not pay.
+CROSSOVER, FEW = 1024, 16
 
 
 @dataclass(frozen=True)
