@@ -151,12 +151,28 @@ class History:
             y = self.respond(w, *operator)
             self.commit(w, counts)
             return y
+        if self.pending is not None and self.pending_counts is None and counts is None:
+            y = self.follow(w, *operator)
+            if y is not None:
+                self._keep_last(torch.cat([self.pending, w], dim=-1), None, keep)
+                return y
+        self.forget_ahead()
         merged, merged_counts, offset = self._merge(w, counts)
         y = self.respond(merged, *operator)
         self._keep_last(merged, merged_counts, keep)
         if isinstance(offset, int):
             return y[..., offset:]
         return shift_left(y, offset)[..., : w.shape[-1]]
+
+    def follow(self, *args: Any, **kwargs: Any) -> Tensor | None:  # noqa: ARG002 (one interface)
+        """Outputs for new inputs w (B, C, n) behind committed and pending ones, as many in every row.
+
+        None where `respond` has to answer pending inputs again beside them. Takes what `respond` does.
+        """
+        return None
+
+    def forget_ahead(self) -> None:
+        """Forget what `follow` knows of pending inputs, which are no longer those that it has seen."""
 
     def step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Answer one input of every row and remember it, with nothing pending and nothing recorded.
@@ -197,6 +213,7 @@ class History:
             self.pending_counts = counts - overflow
             self.pending = shift_left(merged, overflow)[..., : max(int(self.pending_counts.max()), 1)]
         if not keep:
+            self.forget_ahead()
             self.pending = self.pending_counts = None
 
     @property
@@ -215,6 +232,7 @@ class History:
         if self.pending is None:
             return
         left = self.waiting - removed
+        self.forget_ahead()
         pending, self.pending, self.pending_counts = self.pending, None, None
         if isinstance(left, int):
             if left:
@@ -283,21 +301,33 @@ class ExactHistory(History):
             if self.fixed:  # reversed here, so that the compiled steps to come find it done
                 taps.falling(long_filter, index, total)
             return continued_fftconv(past, w, h, direct, exact=exact)
-        y = self._dot(past, w, taps.falling(long_filter, index, total))
+        y = self._dot(past, w, taps.falling(long_filter, index, total), w.shape[-1])
+        return y + w * direct.to(w.dtype).repeat_interleave(w.shape[1] // direct.shape[0]).unsqueeze(-1)
+
+    def follow(self, w: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor | None:
+        """Few inputs behind committed and pending ones; arguments as in `respond`."""
+        if w.shape[-1] > DOT_LENGTH or self.pending is None:
+            return None
+        past, recent = self.past(w), torch.cat([self.pending, w], dim=-1)
+        h = taps.falling(long_filter, index, past.shape[-1] + recent.shape[-1])
+        y = self._dot(past, recent, h, w.shape[-1])
         return y + w * direct.to(w.dtype).repeat_interleave(w.shape[1] // direct.shape[0]).unsqueeze(-1)
 
     @staticmethod
-    def _dot(past: Tensor, w: Tensor, h: Tensor) -> Tensor:
-        """Few new inputs: output i is sum_s past_s h[T + i - s] + sum_{j <= i} w_j h[i - j]; h falling, (H, T + n)."""
+    def _dot(past: Tensor, w: Tensor, h: Tensor, count: int) -> Tensor:
+        """The last `count` outputs of few new inputs.
+
+        Output i is sum_s past_s h[T + i - s] + sum_{j <= i} w_j h[i - j]; h falling, (H, T + n).
+        """
         batch, channels, before = past.shape
         new, last = w.shape[-1], h.shape[-1]
         shape = batch, h.shape[0], channels // h.shape[0], -1
         past, w, h = past.view(shape), w.reshape(shape), h.to(past.dtype)
         outputs = []
-        for i in range(new):
+        for i in range(new - count, new):
             old = _dot_products(past, h[:, new - 1 - i : new - 1 - i + before])
             outputs.append(old + _dot_products(w[..., : i + 1], h[:, last - 1 - i :]))
-        return torch.stack(outputs, dim=-1).view(batch, channels, new)
+        return torch.stack(outputs, dim=-1).view(batch, channels, count)
 
 
 def _dot_products(x: Tensor, h: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ class ModalState(History):
         self.system: ModalSystem | None = None  # of the filter, once for all calls
         self.coefficients: ModalStep | None = None
         self.direct: Tensor | None = None  # (C,): the filter's tap at lag 0
+        self.ahead: Tensor | None = None  # the state behind pending inputs, where it is known
         self.source: tuple[Evaluable, int, int, Tensor] | None = None  # of these three, until the first commit
 
     def _state(self, w: Tensor, channels: int) -> Tensor | None:
@@ -75,15 +76,41 @@ class ModalState(History):
 
     def respond(self, w: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor:
         """Convolution of everything up to each new input; arguments as in `ExactHistory.respond`."""
-        channels, new = w.shape[1:]
+        channels = w.shape[1]
         state = self._state(w, channels)
         if state is None:  # nobody may ever commit: an exported graph could not ask how large a state is
             self.source = long_filter, index, channels, w
             return self._alone(w, taps, long_filter, index, direct)
-        system, step = self._prepare(long_filter, index, channels, w)
-        if new == 1:
+        return self._answer(state, w, taps, long_filter, index, direct)
+
+    def _answer(
+        self, state: Tensor, w: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor
+    ) -> Tensor:
+        """Outputs for inputs w behind a state; the others as in `respond`."""
+        system, step = self._prepare(long_filter, index, w.shape[1], w)
+        if w.shape[-1] == 1:
             return self._output(state, w[..., 0], step, direct).unsqueeze(-1)
-        return self._alone(w, taps, long_filter, index, direct) + modal_response(state, new, system)
+        return self._alone(w, taps, long_filter, index, direct) + modal_response(state, w.shape[-1], system)
+
+    def follow(self, w: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor | None:
+        """Outputs behind committed and pending inputs, from a state behind both; arguments as in `respond`."""
+        if self.ahead is None:
+            if self.pending is None:
+                return None
+            self._prepare_to_commit()
+            self.ahead = self._advanced(self.buffer, self.pending)
+        y = self._answer(self.ahead, w, taps, long_filter, index, direct)
+        self.ahead = self._advanced(self.ahead, w)
+        return y
+
+    def forget_ahead(self) -> None:
+        """Forget the state behind pending inputs."""
+        self.ahead = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that has a batch dimension, by attribute name."""
+        named = super().tensors()
+        return named if self.ahead is None else {**named, "ahead": self.ahead}
 
     def step(self, x: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor:
         """Answer one input x (B, C) a row and advance the state; arguments as in `respond`, (B, C)."""
@@ -154,17 +181,22 @@ class ModalState(History):
     def commit(self, w: Tensor, counts: Tensor | None) -> None:
         """Fold inputs w (B, C, n) into the state; of row b only the first counts[b] (None: all)."""
         self._prepare_to_commit()
-        assert self.system is not None and self.coefficients is not None  # noqa: S101, PT018 (narrows the types)
+        assert self.system is not None  # noqa: S101 (narrows the type)
         state = self.buffer
-        if counts is None and w.shape[-1] == 1 and state is not None:
-            following = advance_one(state, w[..., 0], self.coefficients)
-        elif counts is None:
-            following = advance(state, w, self.system)
+        if counts is None:
+            following = self._advanced(state, w)
         else:
             following = advance(None, shift_right(w, w.shape[-1] - counts), self.system)
             if state is not None:
                 following = decayed(state, counts, self.system) + following
         self._replace(following)
+
+    def _advanced(self, state: Tensor | None, w: Tensor) -> Tensor:
+        """The state behind inputs w (B, C, n)."""
+        assert self.system is not None and self.coefficients is not None  # noqa: S101, PT018 (narrows the types)
+        if w.shape[-1] == 1 and state is not None:
+            return advance_one(state, w[..., 0], self.coefficients)
+        return advance(state, w, self.system)
 
     def _replace(self, following: Tensor) -> None:
         if self.fixed and self.buffer is not None and not is_frozen(self.buffer):
@@ -207,18 +239,26 @@ class HeadModalState(ModalState):
 
     def respond(self, w: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor:
         """MultiHyena convolution; w holds queries, keys and values (B, 3 D, n), the rest as in `HeadHistory`."""
-        q, kv = w[:, : self.queries], w[:, self.queries :]
         channels = self.queries * (self.queries // self.heads)
         state = self._state(w, channels)
-        k, v = kv.chunk(2, dim=1)
         if state is None:
             self.source = long_filter, index, channels, w
-            return multihead_conv(q, k, v, taps.rising(long_filter, index, w.shape[-1]), direct)
-        system, step = self._prepare(long_filter, index, channels, w)
+            return self._alone(w, taps, long_filter, index, direct)
+        return self._answer(state, w, taps, long_filter, index, direct)
+
+    def _alone(self, w: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor:
+        q, k, v = w.chunk(3, dim=1)
+        return multihead_conv(q, k, v, taps.rising(long_filter, index, w.shape[-1]), direct)
+
+    def _answer(
+        self, state: Tensor, w: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor
+    ) -> Tensor:
+        q, kv = w[:, : self.queries], w[:, self.queries :]
+        system, step = self._prepare(long_filter, index, state.shape[2], w)
         if w.shape[-1] == 1:
             z = self._output(state, self._products(kv)[..., 0], step, direct)
             return self._ask(q, z.unsqueeze(-1))
-        y = multihead_conv(q, k, v, taps.rising(long_filter, index, w.shape[-1]), direct)
+        y = self._alone(w, taps, long_filter, index, direct)
         pieces = []
         for part in q.split(_BLOCK, dim=-1):
             pieces.append(self._ask(part, modal_response(state, part.shape[-1], system)))
@@ -236,10 +276,14 @@ class HeadModalState(ModalState):
                 assert self.system is not None  # noqa: S101 (`respond` came first)
                 following = decayed(self.buffer, counts, self.system) + following
             self._replace(following)
-        elif w.shape[-1] == 1 and self.buffer is not None:
-            super().commit(self._products(w[:, self.queries :]), None)
         else:
-            self._replace(self._folded(self.buffer, w[:, self.queries :]))
+            self._replace(self._advanced(self.buffer, w))
+
+    def _advanced(self, state: Tensor | None, w: Tensor) -> Tensor:
+        kv = w[:, self.queries :]
+        if w.shape[-1] == 1 and state is not None:
+            return super()._advanced(state, self._products(kv))
+        return self._folded(state, kv)
 
     def _folded(self, state: Tensor | None, kv: Tensor) -> Tensor:
         assert self.system is not None  # noqa: S101 (`respond` came first)

@@ -22,6 +22,8 @@ The past as a whole, a prompt, is folded into all accumulators to come by one FF
 B batch, C channels, T committed inputs, n new ones, K accumulators.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -104,6 +106,10 @@ class OnlineTiles(ExactHistory):
         self._add_blocks(past, far, taps, long_filter, index)
         at = self.used - self.origin
         return self._sum_near(past, w, taps, long_filter, index, direct) + far[..., at : at + new]
+
+    def follow(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002 (one interface)
+        """None: pending inputs are answered again, by tiles."""
+        return
 
     def _pays(self) -> bool:
         """Whether it is time to fold."""

@@ -38,6 +38,13 @@ class Window(History):
             full = shift_right(full, w.shape[-1] - counts)
         self.replace(full[..., full.shape[-1] - self.limit :].mT.contiguous())
 
+    def follow(self, w: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Short convolution behind committed and pending inputs."""
+        if self.pending is None:
+            return None
+        past = torch.cat([self.past(w), self.pending], dim=-1)
+        return short_conv(w, weight, bias, past[..., past.shape[-1] - self.limit :])
+
     def step(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Answer one input x (B, C) a row and remember it: (B, C)."""
         past = self.buffer

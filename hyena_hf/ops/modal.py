@@ -23,7 +23,9 @@ halves exchanged, and powers P^m:
 H filters, N poles of each, d state numbers, B batch, C = H P channels, n new tokens, L length. A state is (B, d, C).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,19 +130,22 @@ def impulse_response(
     return torch.where(torch.arange(length, device=device) == 0, direct.unsqueeze(-1), shifted)
 
 
-class ModalSystem(NamedTuple):
+@dataclass
+class ModalSystem:
     """Filters packed for states of d real numbers, see the top of this file.
 
     Attributes:
         re, im: Real and imaginary part of the pole behind each number, (d, H), float64.
         readout: Weight of each number in the output, (d, H), float64.
         sign: -1 in the first half, 1 in the second, (d, 1), float64.
+        tables: Powers that were asked for before, without gradients.
     """
 
     re: Tensor
     im: Tensor
     readout: Tensor
     sign: Tensor
+    tables: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -163,11 +168,29 @@ class ModalSystem(NamedTuple):
         c = self.readout.unsqueeze(-1)
         return c * re - _exchanged(c) * im
 
-    def strides(self, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Powers of 0, 16, ..., 16 (count - 1) steps, (H, 1, count, d) as `_turned_rows` takes them."""
-        powers = self.powers(_FINE * torch.arange(count, device=self.re.device))
-        re, im = (x.permute(1, 2, 0).unsqueeze(1).to(dtype) for x in powers)
-        return re, im
+    def fine_inputs(self, dtype: torch.dtype) -> Tensor:
+        """`inputs` of 16, (H, 16, d)."""
+        return self._kept(("inputs", dtype), lambda: self.inputs(_FINE).to(dtype).permute(1, 2, 0).contiguous())
+
+    def fine_outputs(self, dtype: torch.dtype) -> Tensor:
+        """`outputs` of 16, (H, d, 16)."""
+        return self._kept(("outputs", dtype), lambda: self.outputs(_FINE).to(dtype).transpose(0, 1).contiguous())
+
+    def strides(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Powers of 0, 16, ..., 240 steps, (H, 1, 16, d) as `_turned_rows` takes them."""
+
+        def make() -> tuple[Tensor, ...]:
+            powers = self.powers(_FINE * torch.arange(_COARSE, device=self.re.device))
+            return tuple(x.permute(1, 2, 0).unsqueeze(1).to(dtype).contiguous() for x in powers)
+
+        return self._kept(("strides", dtype), make)
+
+    def _kept(self, key: Any, make: Callable[[], Any]) -> Any:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return make()
+        if key not in self.tables:
+            self.tables[key] = make()
+        return self.tables[key]
 
 
 def _exchanged(x: Tensor, dim: int = 0) -> Tensor:
@@ -275,8 +298,7 @@ def modal_response(state: Tensor, length: int, system: ModalSystem) -> Tensor:
     """
     batch, _, channels = state.shape
     heads, block = system.re.shape[1], _FINE * _COARSE
-    weights = system.outputs(_FINE).to(state.dtype).transpose(0, 1)  # (H, d, 16)
-    powers = system.strides(min(_COARSE, -(-length // _FINE)), state.dtype)
+    weights, powers = system.fine_outputs(state.dtype), system.strides(state.dtype)
     blocks = []
     for start in range(0, length, block):
         width = min(block, length - start)
@@ -312,9 +334,7 @@ def advance(state: Tensor | None, w: Tensor, system: ModalSystem) -> Tensor:
     """
     length, block = w.shape[-1], _FINE * _COARSE
     first = length % block or min(length, block)
-    weights = system.inputs(_FINE).to(w.dtype).permute(1, 2, 0)  # (H, 16, d)
-    count = -(-min(length, block) // _FINE)
-    powers = tuple(x.flip(2) for x in system.strides(count, w.dtype))
+    weights, powers = system.fine_inputs(w.dtype), system.strides(w.dtype)
     added = _states_of_blocks(w[..., :first], weights, powers, 1)[0]
     state = added if state is None else decayed(state, torch.tensor([first], device=w.device), system) + added
     if length == first:
@@ -334,7 +354,7 @@ def _states_of_blocks(w: Tensor, weights: Tensor, powers: tuple[Tensor, ...], bl
     Args:
         w: Inputs.
         weights: Contributions of 16 inputs to a state, (H, 16, d).
-        powers: Those of `ModalSystem.strides`, the last one 0 steps.
+        powers: Those of `ModalSystem.strides`.
         blocks: How many equal parts of w are blocks.
     """
     batch, channels, length = w.shape
@@ -345,8 +365,8 @@ def _states_of_blocks(w: Tensor, weights: Tensor, powers: tuple[Tensor, ...], bl
     count = -(-width // _FINE)
     states = (rows @ weights).view(heads, -1, count, size)  # (H, B P blocks, count, d)
     if count > 1:
-        most = powers[0].shape[2]
-        states = _turned_rows(states, (powers[0][:, :, most - count :], powers[1][:, :, most - count :]))
+        re, im = (x[:, :, :count].flip(2) for x in powers)  # the last 16 inputs are where they belong
+        states = _turned_rows(states, (re, im))
     states = states.sum(dim=2).view(heads, batch, -1, blocks, size)
     return states.permute(3, 1, 4, 0, 2).reshape(blocks, batch, size, channels)
 
