@@ -445,7 +445,8 @@ def memory_plot(found: Mapping[str, Mapping[int, float]], title: str) -> Figure:
     figure = Figure(figsize=(6, 4))
     axes = figure.subplots()
     for name, peaks in found.items():
-        axes.plot(list(peaks), list(peaks.values()), "o-", label=name)
+        # nothing below a page shows, and zero has no logarithm
+        axes.plot(list(peaks), [max(peak, 4 / 1024) for peak in peaks.values()], "o-", label=name)
     axes.set(xlabel="length", ylabel="peak above the inputs, MiB", title=title, yscale="log")
     axes.set_xscale("log", base=2)
     axes.legend()

@@ -290,3 +290,9 @@ def test_the_modal_fft_of_the_page_on_generation_is_the_recurrence():
 def test_the_gated_convolutions_of_the_gpu_page_run():
     lines, _ = bench_fftconv.gpu(timing.Settings(rounds=2, smoke=True))
     assert sum(line.startswith("| ") for line in lines) > 8
+
+
+def test_peaks_of_nothing_can_be_drawn():
+    """Tiny shapes may fit into memory that is there already."""
+    figure = timing.memory_plot({"ours": {64: 0.0}, "theirs": {64: 0.0}}, "Peaks")
+    assert figure.axes[0].get_yscale() == "log"
