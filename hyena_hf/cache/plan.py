@@ -7,8 +7,8 @@ from dataclasses import dataclass
 DECODE_CACHES = ("auto", "history", "online")
 
 # Tokens of a whole sequence from which on a generation by tiles is faster (benchmarks/bench_generate.py, section
-# `online`: one convolution from 384 tokens on, a whole model once some 700 are there); a few new tokens do not pay.
-CROSSOVER, FEW = 1024, 16
+# `online`: steps of a whole model are equal behind about 1,100 tokens); a few new ones do not pay for them.
+CROSSOVER, FEW = 2048, 16
 
 
 @dataclass(frozen=True)
