@@ -92,9 +92,8 @@ class HyenaMLP(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or torch.is_grad_enabled() or is_traced() or x.shape[:-1].numel() <= self._TILE:
-            return self._apply_to(x)
-        if not self._is_plain(x):
+        whole = self.training or torch.is_grad_enabled() or is_traced()
+        if whole or x.shape[:-1].numel() <= self._TILE or not self._is_plain(x):
             return self._apply_to(x)
         tiles = x.flatten(0, -2).split(self._TILE)
         return torch.cat([self._apply_to(tile) for tile in tiles]).unflatten(0, x.shape[:-1])

@@ -191,3 +191,32 @@ def test_the_command_ends_with_one_line_that_says_what_is_wrong(text, words, mes
     with warnings.catch_warnings(), pytest.raises(SystemExit) as raised:
         command(trained, tmp_path / "out", "--calibrate", path, *words)
     assert message in str(raised.value)
+
+
+def test_a_comparison_on_text_records_no_gradients(monkeypatch):
+    model = smooth().requires_grad_(True)
+    recorded, forward = [], type(model).forward
+
+    def watched(self, *inputs, **options):
+        recorded.append(torch.is_grad_enabled())
+        return forward(self, *inputs, **options)
+
+    monkeypatch.setattr(type(model), "forward", watched)
+    distill(model, state_size=2, calibration=tokens(1, 20))
+    assert recorded == [False, False]
+
+
+def test_the_report_knows_how_far_any_filter_of_each_order_must_be():
+    _, report = distill(smooth(filter_types=["explicit"] * 2, filter_length=100), state_size=4)
+    for one in report.layers:
+        assert (one.bounds.diff() <= 0).all()
+        assert one.bounds[3] > 0.1
+        torch.testing.assert_close(one.bounds[3], one.filters.lower_bound.median(), rtol=1e-6, atol=0)
+
+
+def test_a_refused_command_leaves_a_folder_of_the_caller_where_it_was(trained, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    with pytest.raises(SystemExit):
+        main(["distill", str(trained), str(out), "--state-size", "0"])
+    assert list(out.iterdir()) == []

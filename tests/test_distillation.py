@@ -137,7 +137,7 @@ def test_a_channel_does_not_depend_on_its_batch():
     assert residues.shape == poles.shape
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e20])
+@pytest.mark.parametrize("scale", [1e-30, 1e20])  # residues are those of a float32 model
 def test_the_scale_of_a_filter_changes_its_residues_only(scale):
     h = smoothed_noise(4, 300)
     poles, residues, _, report = fit_modal(h, state_size=6)

@@ -128,6 +128,16 @@ class History:
         self.buffer[..., self.used : end] = w
         self.used = end
 
+    def replace(self, following: Tensor) -> None:
+        """Go on from another buffer; in place where a compiled step must find it where it was.
+
+        What matrix products leave has another layout, which every step to come would inherit.
+        """
+        if self.fixed and self.buffer is not None and not is_frozen(self.buffer):
+            self.buffer.copy_(following)
+        else:
+            self.buffer = following.contiguous()
+
     def respond(self, *args: Any, **kwargs: Any) -> Tensor:
         """Outputs for left-aligned new inputs w (B, C, n), given what is committed; changes nothing.
 
@@ -410,7 +420,6 @@ __all__ = [
     "History",
     "NoMemory",
     "check_same",
-    "is_frozen",
     "shift_left",
     "shift_right",
 ]

@@ -20,7 +20,7 @@ from hyena_hf.ops.modal import (
 )
 from hyena_hf.ops.precision import is_short
 
-from .history import History, check_same, is_frozen, shift_right
+from .history import History, check_same, shift_right
 from .taps import Evaluable, Taps
 from .window import Window
 
@@ -120,7 +120,7 @@ class ModalState(History):
         check_same((len(state), state.shape[2]), state.dtype, x.shape, x.dtype)
         _, step = self._prepare(long_filter, index, x.shape[1], x)
         y = self._output(state, x, step, direct)
-        self._replace(advance_one(state, x, step))
+        self.replace(advance_one(state, x, step))
         return y
 
     def step_operator(
@@ -151,7 +151,7 @@ class ModalState(History):
         _, step = self._prepare(long_filter, 0, width, p)
         y, past, state = hyena_step(p, past, *short, state, step, self._at_once(direct, width, p.dtype))
         window.replace(past)
-        self._replace(state)
+        self.replace(state)
         return y
 
     def _at_once(self, direct: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
@@ -189,7 +189,7 @@ class ModalState(History):
             following = advance(None, shift_right(w, w.shape[-1] - counts), self.system)
             if state is not None:
                 following = decayed(state, counts, self.system) + following
-        self._replace(following)
+        self.replace(following)
 
     def _advanced(self, state: Tensor | None, w: Tensor) -> Tensor:
         """The state behind inputs w (B, C, n)."""
@@ -197,12 +197,6 @@ class ModalState(History):
         if w.shape[-1] == 1 and state is not None:
             return advance_one(state, w[..., 0], self.coefficients)
         return advance(state, w, self.system)
-
-    def _replace(self, following: Tensor) -> None:
-        if self.fixed and self.buffer is not None and not is_frozen(self.buffer):
-            self.buffer.copy_(following)
-        else:  # what matrix products have left has another layout, which every step to come would inherit
-            self.buffer = following.contiguous()
 
 
 class HeadModalState(ModalState):
@@ -234,7 +228,7 @@ class HeadModalState(ModalState):
         check_same((len(state), state.shape[2]), state.dtype, products.shape, products.dtype)
         _, step = self._prepare(long_filter, index, products.shape[1], products)
         z = self._output(state, products, step, direct).view(*q.shape, -1)
-        self._replace(advance_one(state, products, step))
+        self.replace(advance_one(state, products, step))
         return (q.unsqueeze(3) * z).sum(dim=2).flatten(1)
 
     def respond(self, w: Tensor, taps: Taps, long_filter: Evaluable, index: int, direct: Tensor) -> Tensor:
@@ -275,9 +269,9 @@ class HeadModalState(ModalState):
             if self.buffer is not None:
                 assert self.system is not None  # noqa: S101 (`respond` came first)
                 following = decayed(self.buffer, counts, self.system) + following
-            self._replace(following)
+            self.replace(following)
         else:
-            self._replace(self._advanced(self.buffer, w))
+            self.replace(self._advanced(self.buffer, w))
 
     def _advanced(self, state: Tensor | None, w: Tensor) -> Tensor:
         kv = w[:, self.queries :]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 DECODE_CACHES = ("auto", "history", "online")
 
-# Tokens of a whole sequence from which on a generation by tiles is faster (benchmarks/bench_generate.py, section
-# `online`: steps of a whole model are equal behind about 1,100 tokens); a few new ones do not pay for them.
+# Tokens of a whole sequence from which on tiles are taken: behind as many, steps of a whole model are faster by them
+# (benchmarks/bench_generate.py, section `online`). A few new ones do not pay for them.
 CROSSOVER, FEW = 2048, 16
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from hyena_hf.ops import short_conv
 from hyena_hf.ops.short_conv import short_conv_step
 
-from .history import History, check_same, is_frozen, shift_right
+from .history import History, check_same, shift_right
 
 
 class Window(History):
@@ -36,7 +36,7 @@ class Window(History):
         full = torch.cat([self.past(w), w], dim=-1)
         if counts is not None:
             full = shift_right(full, w.shape[-1] - counts)
-        self.replace(full[..., full.shape[-1] - self.limit :].mT.contiguous())
+        self.replace(full[..., full.shape[-1] - self.limit :].mT)
 
     def follow(self, w: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """Short convolution behind committed and pending inputs."""
@@ -54,13 +54,6 @@ class Window(History):
         y, following = short_conv_step(x, past, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         self.replace(following)
         return y
-
-    def replace(self, following: Tensor) -> None:
-        """Go on from another window (B, K - 1, C)."""
-        if self.fixed and self.buffer is not None and not is_frozen(self.buffer):
-            self.buffer.copy_(following)
-        else:
-            self.buffer = following
 
 
 __all__ = ["Window"]

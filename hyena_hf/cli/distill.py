@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.calibrate is not None:
         limit = model.config.max_position_embeddings
         calibration = read_tokens(arguments.calibrate, tokenizer, arguments.tokens, limit)
+    theirs = arguments.target.exists()
     with _writing(arguments.target):
         work = claim(arguments.target)
     try:
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
             progress=sys.stderr.isatty(),
         )
     except (TypeError, ValueError):
-        for folder in (work, arguments.target):
+        for folder in (work,) if theirs else (work, arguments.target):
             with suppress(OSError):  # it holds finished layers
                 folder.rmdir()
         raise

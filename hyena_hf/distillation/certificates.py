@@ -25,11 +25,12 @@ import math
 import torch
 from torch import Tensor
 
-from .hankel import HankelFactors
+from .hankel import HankelFactors, hankel_factors, window_size
 from .modes import Modes
 
 
 _OVERSAMPLING = 8  # points on the circle a tap: the bound is at most 2% above the maximum
+_AT_ONCE = 2**21  # numbers of singular vectors
 _GUARD = 10.0  # on what the residual of an incomplete decomposition may hide
 
 
@@ -69,4 +70,25 @@ def least_error(taps: Tensor, factors: HankelFactors, states: int) -> Tensor:
     return (torch.maximum(rest, known).clamp(min=0) / size).sqrt()
 
 
-__all__ = ["largest_gain", "least_error", "tail_sum"]
+def errors_by_order(h: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Hankel singular values of filters, and the relative l2 error that no filter of 1, ..., count states is below.
+
+    Args:
+        h: Taps (C, L) float64, L at least 2.
+        count: At most L // 2.
+
+    Returns:
+        Both (C, count), falling.
+    """
+    size = window_size(h.shape[1])
+    sigma, bounds = [], []
+    for some in h.split(max(1, _AT_ONCE // (size * count))):
+        window = some[:, 1 : 2 * size]
+        factors = hankel_factors(window, size, count)
+        least = torch.stack([least_error(window, factors, states) for states in range(1, count + 1)], dim=1)
+        sigma.append(factors.values.abs())
+        bounds.append(least / some[:, 1:].norm(dim=1, keepdim=True).clamp(min=torch.finfo(h.dtype).tiny))
+    return torch.cat(sigma), torch.cat(bounds)
+
+
+__all__ = ["errors_by_order", "largest_gain", "least_error", "tail_sum"]

@@ -240,7 +240,7 @@ def _fit_chunk(h: Tensor, power: Tensor | None, state_size: int, method: Method)
         order[live] = order_for_tolerance(job.factors.values.abs(), _SUGGESTION)
         for channel, name in zip(index.tolist(), chosen, strict=True):
             names[channel] = name
-    report = replace(_report(h, error, modes, (lower, order, names)), step_error=steps)
+    report = _report(h, error, modes, (steps, lower, order, names))
     return modes, report if power is None else replace(report, relative_output=output)
 
 
@@ -361,8 +361,8 @@ def _sorted(modes: Modes) -> Modes:
     return Modes(*(part.gather(1, by_angle) for part in modes))
 
 
-def _report(h: Tensor, error: Tensor, modes: Modes, analysis: tuple[Tensor, Tensor, list[str]]) -> FitReport:
-    lower, order, names = analysis
+def _report(h: Tensor, error: Tensor, modes: Modes, analysis: tuple[Tensor, Tensor, Tensor, list[str]]) -> FitReport:
+    steps, lower, order, names = analysis
 
     def share(norm: int) -> Tensor:
         size = h[:, 1:].norm(p=norm, dim=1)
@@ -372,7 +372,7 @@ def _report(h: Tensor, error: Tensor, modes: Modes, analysis: tuple[Tensor, Tens
         relative_l2=share(2),
         relative_l1=share(1),
         relative_output=share(2),
-        step_error=torch.zeros_like(lower),
+        step_error=steps,
         h_infinity=largest_gain(error),
         tail=tail_sum(modes, h.shape[1]),
         lower_bound=lower,

@@ -28,8 +28,9 @@ from hyena_hf.mixers import HyenaMixer
 from hyena_hf.modeling_hyena import HyenaForCausalLM, HyenaPreTrainedModel, check_stream
 from hyena_hf.ops.modal import NO_POLE
 
+from .certificates import errors_by_order
 from .fit import FitReport, fit_modal
-from .hankel import hankel_singular_values, window_size
+from .hankel import window_size
 from .report import Calibration, DistillationReport, LayerReport, Sample
 from .spectra import input_spectra
 
@@ -285,13 +286,14 @@ def _read(path: Path, mark: str) -> tuple[_Fit, int] | None:
 
 def _report(layer: int, size: int, h: Tensor, fit: _Fit) -> LayerReport:
     error = fit.report.relative_l2
-    sigma = torch.zeros(len(h), 1, dtype=h.dtype)  # of a filter that is its tap at lag 0
+    sigma = bounds = torch.zeros(len(h), 1, dtype=h.dtype)  # of a filter that is its tap at lag 0
     if h.shape[1] > 1:
-        sigma = hankel_singular_values(h, min(_SHOWN, window_size(h.shape[1])))
+        sigma, bounds = errors_by_order(h, min(_SHOWN, window_size(h.shape[1])))
     shares = sigma / sigma[:, :1].clamp(min=torch.finfo(sigma.dtype).tiny)
     chosen = error.argsort()[[len(error) // 2, -1]].tolist()
     samples = [Sample(c, h[c].float(), _response(fit, c, h.shape[1]).float()) for c in chosen]
-    return LayerReport(layer, size, fit.report, shares.median(dim=0).values, samples)
+    spectrum, bound = (x.median(dim=0).values for x in (shares, bounds))
+    return LayerReport(layer, size, fit.report, spectrum, bound, samples)
 
 
 def _response(fit: _Fit, channel: int, length: int) -> Tensor:
@@ -365,12 +367,12 @@ def _check_ids(ids: Tensor, config: HyenaConfig) -> None:
         )
 
 
-@torch.no_grad()
 def _check_head(model: HyenaPreTrainedModel) -> None:
     if not isinstance(model, HyenaForCausalLM):
         raise TypeError(f"a calibration set needs a HyenaForCausalLM, got {type(model).__name__}; leave it out")
 
 
+@torch.no_grad()
 def compare(teacher: HyenaPreTrainedModel, student: HyenaPreTrainedModel, batches: Iterable[Tensor]) -> Calibration:
     """Predictions of the next token by two language models.
 

@@ -10,7 +10,7 @@ Nearly equal poles with large residues of opposite signs fit well and are useles
 itself, and the difference is made of roundings. For white inputs the states of a mode have the size of its column a,
 roundings of relative size u add up to u |a|^2 over its memory, and the output is wrong by u |R| |a|^2. The square of
 that is added to the sum of squares that residues and poles make small, as one error beside the other; where it is
-large all the same, it is made to count more until poles part, as long as the fit does not suffer.
+large all the same, it counts more, in up to three steps, each of which may cost the fit 2%: then poles part.
 
 Poles are refined by variable projection (Golub and Pereyra 1973) in Kaufman's approximation (1975): a
 Levenberg-Marquardt step of poles and residues together that damps the poles only, then residues anew. Poles move in
@@ -53,7 +53,7 @@ _GIVE_UP = 1e7  # damping
 _STALLED = 1e-4  # relative gain of three steps together
 _STEP_ERROR = 1e-6  # relative error of outputs that roundings of states may make
 _DEARER, _MOST_DEAR = 30.0, 1e-3  # factor by which roundings count more where they make a larger one; u at most
-_WORSE = 1.02  # relative l2 error over that before, which fewer roundings may cost
+_WORSE = 1.02  # relative l2 error over that before, which counting them more may cost each time
 
 
 def column_mask(kind: Tensor) -> Tensor:
@@ -104,8 +104,9 @@ def _stiffness(taps: Taps, matrix: Tensor) -> Tensor:
 
 
 def _damping(stiffness: Tensor, matrix: Tensor) -> Tensor:
-    """The same on the unit diagonal of the scaled matrix."""
-    return stiffness / matrix.diagonal(dim1=1, dim2=2).clamp(min=1e-300)
+    """The same on the unit diagonal of the scaled matrix; 0 for columns that are nothing."""
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    return torch.where(diagonal > 0, stiffness / diagonal, 0)
 
 
 def _coefficients(residue: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def _coefficients(residue: Tensor) -> Tensor:
 
 
 def _step_energy(taps: Taps, matrix: Tensor, residue: Tensor) -> Tensor:
-    """Squared error of outputs that float32 steps make, for white inputs, (C,)."""
+    """Squared error of outputs that float32 steps make, for the inputs whose errors count, (C,)."""
     return (_stiffness(taps, matrix) * _coefficients(residue).square()).sum(dim=1)
 
 
@@ -222,9 +223,8 @@ def _step(fit: Fit, taps: Taps, power: Powers, damping: Tensor) -> Modes:
     used, pair = (kind != UNUSED), (kind == PAIR)
     mask = torch.cat([used, used, pair, pair], dim=1)
     nonlinear = torch.cat([torch.zeros_like(used), used, torch.zeros_like(used), pair], dim=1)
-    linear = torch.cat([used, torch.zeros_like(used), pair, torch.zeros_like(used)], dim=1)
     of_columns = _stiffness(taps, _without_slopes(matrix)).unflatten(1, (2, -1))
-    stiffness = torch.cat([of_columns, torch.zeros_like(of_columns)], dim=2).flatten(1) * linear
+    stiffness = torch.cat([of_columns, torch.zeros_like(of_columns)], dim=2).flatten(1)  # none of slopes
     right = right - stiffness * torch.cat([residue.real, residue.real, residue.imag, residue.imag], dim=1)
     found = _solve(matrix, right, mask, _damping(stiffness, matrix) + nonlinear * damping.unsqueeze(1))
     change = _as_residues(found)
@@ -263,7 +263,7 @@ def polish(taps: Taps, fit: Fit, steps: int) -> Fit:
 
 
 def step_errors(taps: Taps, modes: Modes) -> Tensor:
-    """Relative error of outputs that roundings of float32 states make, for white inputs, (C,); an estimate."""
+    """Relative error of outputs that roundings of float32 states make, for the same inputs, (C,); an estimate."""
     if modes.kind.shape[1] == 0:
         return torch.zeros_like(taps.energy)
     exact = taps._replace(rounding=ROUNDING)

@@ -36,6 +36,7 @@ class LayerReport:
         state_size: Real numbers that each of its filters may remember.
         filters: Of all filters, in the order (convolution, head).
         sigma: Hankel singular values, median over the filters of each, as a share of the largest, (count,).
+        bounds: Relative l2 error that no filter of 1, ..., count states is below, median over the filters, (count,).
         samples: The filter of median and the one of largest error.
     """
 
@@ -43,6 +44,7 @@ class LayerReport:
     state_size: int
     filters: FitReport
     sigma: Tensor
+    bounds: Tensor
     samples: list[Sample] = field(default_factory=list)
 
 
@@ -125,6 +127,7 @@ class DistillationReport:
                 "state_size": one.state_size,
                 "filters": {key: _plain(value) for key, value in vars(one.filters).items()},
                 "hankel_singular_values": one.sigma.tolist(),
+                "lower_bounds_by_order": one.bounds.tolist(),
             }
             for one in self.layers
         ]
@@ -155,17 +158,17 @@ class DistillationReport:
         figure.savefig(folder / "distillation.png", dpi=120)
 
     def draw(self, spectra: Any, errors: Any, filters: Any) -> None:
-        """Draw into three matplotlib axes: Hankel spectra, errors against the bound for every order, a filter."""
-        for one in self.layers:
-            label = f"layer {one.layer}"
-            spectra.semilogy(range(1, len(one.sigma) + 1), one.sigma.clamp(min=1e-12), label=label)
+        """Draw into three matplotlib axes: Hankel spectra, bounds of all orders with the fits at theirs, a filter."""
+        for number, one in enumerate(self.layers):
+            label, color, orders = f"layer {one.layer}", f"C{number % 10}", range(1, len(one.sigma) + 1)
+            spectra.semilogy(orders, one.sigma.clamp(min=1e-12), label=label, color=color)
+            errors.plot(orders, one.bounds.clamp(min=1e-12), color=color)
             low, middle, high = torch.quantile(one.filters.relative_l2, torch.tensor([0.0, 0.5, 1.0]).double())
-            errors.errorbar(one.layer, middle, [[middle - low], [high - middle]], fmt="o", capsize=3, color="C0")
-            errors.plot(one.layer, one.filters.lower_bound.median(), "_", color="C3", markersize=14)
+            spread = [[middle - low], [high - middle]]
+            errors.errorbar(one.state_size, middle, spread, fmt="o", capsize=3, color=color, label=label)
         spectra.set(xlabel="order", ylabel="singular value / largest", title="Hankel singular values, median")
-        errors.set(
-            xlabel="layer", ylabel="relative l2", title="Error of filters (bars: all), bound in red", yscale="log"
-        )
+        title = "Error of fits (bars: all filters), lower bound"
+        errors.set(xlabel="order", ylabel="relative l2", title=title, yscale="log")
         spectra.legend(fontsize="small")
         worst = max(self.layers, key=lambda one: float(one.filters.relative_l2.max()))
         for sample in worst.samples[-1:]:

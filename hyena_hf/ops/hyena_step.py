@@ -5,8 +5,8 @@ With s the short convolution of the projections x_0, x_1, v and x the state of t
 
     w = s_1 s_v,    y = s_0 (c x + direct w),    x <- P x + w
 
-On a GPU one Triton kernel reads and writes everything once (`_triton_step`), where the formula takes some twenty
-kernels, each of which launches in more time than it works; compilers fuse the formula themselves.
+On a GPU one Triton kernel (`_triton_step`) takes the place of the formula's some twenty; compilers fuse the formula
+themselves.
 
 B batch, D channels, K taps, d numbers of state a channel.
 """
