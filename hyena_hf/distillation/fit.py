@@ -56,7 +56,7 @@ class FitReport:
         relative_output: Root mean square of the error of outputs over that of outputs, lag 0 left out of both, for
             inputs of the spectrum that was fitted for; where none was given, for white ones: `relative_l2`.
         step_error: Root mean square error of outputs that float32 steps of the recurrence make by their rounding, over
-            that of outputs, for the same inputs; an estimate. The parallel form has none of it.
+            that of outputs, for the same inputs; an estimate, right within a factor of 5. The parallel form has none.
         h_infinity: Upper bound of |E(f)|, the largest gain of the error: not relative.
         tail: Upper bound of the sum of |taps| of the fit beyond the last tap: not relative.
         lower_bound: Relative l2 error that no filter of `state_size` states can be below.
