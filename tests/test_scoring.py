@@ -241,7 +241,7 @@ def test_the_model_is_left_in_training_mode_and_unfrozen():
         ({"sequences": []}, ValueError, "is empty"),
         ({"sequences": ["A", ""]}, ValueError, "sequence 1 of 2 is empty"),
         ({"sequences": ["A", 5]}, TypeError, "number 1 is a int"),
-        ({"sequences": ["A"], "bos": None}, ValueError, "sequence 0 is 1 token, which nothing predicts"),
+        ({"sequences": ["A"], "bos": None}, ValueError, "sequence 0 is 1 token long and nothing stands before it"),
         ({"reduction": "max"}, ValueError, "'sum', 'mean', 'none'"),
         ({"reduction": "none", "reverse_complement": True}, ValueError, "no common order"),
         ({"batch_size": 0}, ValueError, "at least 1"),

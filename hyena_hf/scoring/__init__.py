@@ -2,7 +2,8 @@
 """Log-likelihoods and embeddings of sequences: the same alone and in any batch, a million tokens in bounded memory."""
 
 from .complement import reverse_complement
+from .embedding import embed
 from .likelihood import score
 
 
-__all__ = ["reverse_complement", "score"]
+__all__ = ["embed", "reverse_complement", "score"]

@@ -25,6 +25,7 @@ class Piece:
         tokens: int32 (n,), special tokens included.
         first: First token that counts.
         last: One behind the last token that counts.
+        is_end: Whether it is the last window of its sequence.
     """
 
     index: int
@@ -33,6 +34,7 @@ class Piece:
     tokens: np.ndarray
     first: int
     last: int
+    is_end: bool = True
 
 
 class Encoder:
@@ -166,7 +168,8 @@ def cut(
     pieces = []
     for order, (start, stop, new) in enumerate(windows):
         tokens = np.concatenate([np.asarray(part, np.int32) for part in (before, ids[start:stop], behind)])
-        pieces.append(Piece(index, strand, order, tokens, len(before) + new - start, len(before) + stop - start))
+        counted = len(before) + new - start, len(before) + stop - start
+        pieces.append(Piece(index, strand, order, tokens, *counted, is_end=order == len(windows) - 1))
     return pieces
 
 

@@ -8,81 +8,32 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
-import torch
+from torch import Tensor
 
-from .batching import Runner, check_batch_size, check_chunk_length, pad, progress_bar
-from .complement import reverse_complement as other_strand
-from .encoding import LONG, Encoder, Piece, checked_sequences, cut
-from .forward import Forward
-from .processes import processes, share
+from .encoding import Piece, checked_sequences
+from .task import CHUNK_LENGTH, Task, concatenated, run
 
 
 REDUCTIONS = ("sum", "mean", "none")
 
 
-class Scorer:
-    """A model and a tokenizer that score sequences, with what was learned about memory.
+class Scorer(Task[np.ndarray]):
+    """Log-probabilities of the tokens of a row that count and that something predicts, float64 (n,)."""
 
-    Arguments as in `score`.
-    """
+    shortest = 2
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        batch_size: int | str = "auto",
-        bos: str | int | None = "auto",
-        chunk_length: int = 1 << 16,
-        long: str = "refuse",
-        reverse_complement: bool = False,
-    ) -> None:
-        check_batch_size(batch_size)
-        check_chunk_length(chunk_length)
-        if long not in LONG:
-            raise ValueError(f"long must be one of {LONG}, got {long!r}")
-        self.forward = Forward(model)
+    def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
+        super().__init__(model, tokenizer, **options)
         self.forward.check_causal()
-        self.encoder = Encoder(tokenizer, bos)
-        self.long = long
-        self.strands = (0, 1) if reverse_complement else (0,)
-        self.runner = Runner(batch_size, chunk_length, self.forward.device)
 
-    def rows(self, index: int, sequence: str, name: str) -> list[Piece]:
-        """The rows of a sequence on its strands.
-
-        Raises:
-            ValueError: It is too long, too short to be scored, or has no other strand.
-        """
-        pieces = []
-        texts = [other_strand(sequence, name) if strand else sequence for strand in self.strands]
-        for strand, text in zip(self.strands, texts, strict=True):
-            ids = self.encoder(text)
-            if len(ids) + len(self.encoder.prefix) < 2:
-                raise ValueError(
-                    f"{name} is {len(ids)} token, which nothing predicts; leave it out, or pass bos='...' to put a "
-                    f"token before it"
-                )
-            where = index, strand, name
-            pieces += cut(ids, self.encoder, suffix=False, limit=self.forward.limit, long=self.long, where=where)
-        return pieces
-
-    def __call__(self, pieces: Sequence[Piece], advance: Any) -> dict[tuple[int, int], np.ndarray]:
-        """Log-probabilities of the tokens of every sequence and strand that something predicts, float64 (n,)."""
-        found: dict[tuple[int, int], dict[int, np.ndarray]] = {}
-        for piece, values in self.runner(pieces, self._together, self._in_chunks, advance):
-            found.setdefault((piece.index, piece.strand), {})[piece.order] = values
-        return {key: np.concatenate([parts[order] for order in sorted(parts)]) for key, parts in found.items()}
-
-    def _together(self, batch: list[Piece]) -> list[np.ndarray]:
-        ids, mask = pad(batch, self.encoder.pad, self.forward.device)
+    def of_batch(self, ids: Tensor, mask: Tensor | None, batch: list[Piece]) -> list[np.ndarray]:
+        """Parts of rows padded on the right."""
         values = self.forward.log_probs(ids, mask).cpu().numpy()
         return [_counted(row, piece) for row, piece in zip(values, batch, strict=True)]
 
-    def _in_chunks(self, piece: Piece, chunk_length: int) -> np.ndarray:
-        ids, _ = pad([piece], self.encoder.pad, self.forward.device)
-        values = [part[0].cpu() for part in self.forward.log_probs_in_chunks(ids, chunk_length)]
-        return _counted(torch.cat(values).numpy(), piece)
+    def of_chunks(self, ids: Tensor, chunk_length: int, piece: Piece) -> np.ndarray:
+        """The part of one long row."""
+        return _counted(concatenated(list(self.forward.log_probs_in_chunks(ids, chunk_length))).numpy(), piece)
 
 
 def _counted(values: np.ndarray, piece: Piece) -> np.ndarray:
@@ -99,7 +50,7 @@ def score(
     reduction: Literal["sum", "mean"] = "sum",
     batch_size: int | str = "auto",
     bos: str | int | None = "auto",
-    chunk_length: int = 1 << 16,
+    chunk_length: int = CHUNK_LENGTH,
     long: str = "refuse",
     reverse_complement: bool = False,
     progress: bool | None = False,
@@ -114,7 +65,7 @@ def score(
     reduction: Literal["none"],
     batch_size: int | str = "auto",
     bos: str | int | None = "auto",
-    chunk_length: int = 1 << 16,
+    chunk_length: int = CHUNK_LENGTH,
     long: str = "refuse",
     reverse_complement: bool = False,
     progress: bool | None = False,
@@ -128,7 +79,7 @@ def score(  # noqa: PLR0913 (options of one call, all by name)
     reduction: str = "sum",
     batch_size: int | str = "auto",
     bos: str | int | None = "auto",
-    chunk_length: int = 1 << 16,
+    chunk_length: int = CHUNK_LENGTH,
     long: str = "refuse",
     reverse_complement: bool = False,
     progress: bool | None = False,
@@ -182,25 +133,16 @@ def score(  # noqa: PLR0913 (options of one call, all by name)
         long=long,
         reverse_complement=reverse_complement,
     )
-    texts = checked_sequences(sequences)
-    rank, world = processes(distributed)
-
-    def work() -> dict[int, list[np.ndarray]]:
-        # by length, so that the shares are alike
-        mine = sorted(range(len(texts)), key=lambda index: -len(texts[index]))[rank::world]
-        pieces = [piece for index in mine for piece in scorer.rows(index, texts[index], f"sequence {index}")]
-        total = sum(len(piece.tokens) for piece in pieces)
-        with scorer.forward.running(), progress_bar(total, progress if rank == 0 else False) as bar:
-            found = scorer(pieces, bar.update)
-        return {index: [found[index, strand] for strand in scorer.strands] for index in mine}
-
-    merged = {index: values for part in share(work, world) for index, values in part.items()}
+    found = run(scorer, checked_sequences(sequences), progress=progress, distributed=distributed)
     if reduction == "none":
-        return [merged[index][0] for index in range(len(texts))]
-    return np.array([reduced(merged[index], reduction) for index in range(len(texts))], np.float64)
+        return [np.concatenate(strands[0]) for strands in found]
+    return np.array([reduced(strands, reduction) for strands in found], np.float64)
 
 
-def reduced(strands: Sequence[np.ndarray], reduction: str) -> float:
-    """Sum or mean of the log-probabilities of each strand, averaged over the strands."""
-    values = [math.fsum(strand) / (len(strand) if reduction == "mean" else 1) for strand in strands]
+def reduced(strands: Sequence[Sequence[np.ndarray]], reduction: str) -> float:
+    """Sum or mean of the log-probabilities in the windows of each strand, averaged over the strands."""
+    values = []
+    for windows in strands:
+        total = math.fsum(value for window in windows for value in window.tolist())
+        values.append(total / (sum(map(len, windows)) if reduction == "mean" else 1))
     return math.fsum(values) / len(values)
