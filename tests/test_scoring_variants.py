@@ -517,15 +517,19 @@ def test_a_table_of_an_unknown_format_is_refused(model, tokenizer, tmp_path, fas
         written(model, tokenizer, tmp_path, fasta, "out.csv")
 
 
-def run_in_a_child(work):
-    """Exit code of a copy of this process that does some work; negative: the signal that killed it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(99)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def run_in_children(*works):
+    """Exit codes of copies of this process, each with its work: 0, or minus the signal that killed it."""
+    children = []
+    for work in works:
+        children.append(os.fork())
+        if children[-1] == 0:
+            code = 99
+            try:
+                work()
+                code = 0
+            finally:
+                os._exit(code)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # newer Pythons: it has threads and forks
@@ -541,13 +545,27 @@ def test_a_run_that_was_killed_goes_on_where_it_was(model, tokenizer, tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(tables.ResumableTable, "append", die_in_part_two)
-        killed = run_in_a_child(lambda: written(model, tokenizer, tmp_path, fasta, "out.tsv"))
-    assert killed == -signal.SIGKILL
+        killed = run_in_children(lambda: written(model, tokenizer, tmp_path, fasta, "out.tsv"))
+    assert killed == [-signal.SIGKILL]
     assert not (tmp_path / "out.tsv").exists()
     monkeypatch.setattr(windows, "score", lambda *given, **options: calls.append(1) or score(*given, **options))
     assert written(model, tokenizer, tmp_path, fasta, "out.tsv") == whole
     assert len(calls) == 5 - 2  # 25 records in parts of 5, two of which were there
     assert not (tmp_path / "out.tsv.parts").exists()
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_two_processes_write_the_table_of_one(model, tokenizer, tmp_path, fasta):
+    whole = written(model, tokenizer, tmp_path, fasta, "whole.tsv")
+
+    def work(rank):
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meet", rank=rank, world_size=2)
+        written(model, tokenizer, tmp_path, fasta, "out.tsv")
+        torch.distributed.destroy_process_group()
+
+    assert run_in_children(lambda: work(0), lambda: work(1)) == [0, 0]
+    for row, alone in zip(tables.read_rows(tmp_path / "out.tsv", COLUMNS), whole, strict=True):
+        assert row == pytest.approx(astuple(alone), abs=1e-9)
 
 
 def interrupted(model, tokenizer, tmp_path, fasta, monkeypatch):
