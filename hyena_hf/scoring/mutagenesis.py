@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from .batching import progress_bar
+from .manifest import file_fingerprint
 from .reference import Reference, as_model_letters, check_letters, parse_region
-from .tables import ResumableTable, check_output, file_digest, in_batches, read_rows, write_in_parts
+from .tables import ResumableTable, check_output, in_batches, read_rows, write_in_parts
 from .variants import origin_of
 from .windows import WindowScorer, WindowSettings
 
@@ -117,7 +118,10 @@ def write_mutagenesis(
     with Reference(fasta) as genome:
         contig, start, end = parse_region(region, genome.contigs)
         length = genome.length(contig)
-        origin = origin_of(scorer) | {"reference": file_digest(fasta), "region": f"{contig}:{start + 1}-{end}"}
+        origin = origin_of(scorer) | {
+            "reference": file_fingerprint(Path(fasta)),
+            "region": f"{contig}:{start + 1}-{end}",
+        }
         with progress_bar(end - start, progress, "site") as bar:
 
             def rows(sites: list[int]) -> list[tuple[Any, ...]]:
