@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,19 +69,20 @@ class NucleotideMarkov:
         Returns:
             (n,), without the bases whose window of `order` + 1 holds a letter outside ACGT.
         """
-        *_, highest = self.by_order(sequence, weight=weight)
-        return highest
+        *_, highest = self.by_order(sequence, weights=[weight])
+        return highest[0]
 
-    def by_order(self, sequence: bytes, *, weight: float) -> Iterator[Floats]:
-        """The same for every order from 0 on, each (n,) and for the same bases."""
+    def by_order(self, sequence: bytes, *, weights: Sequence[float]) -> Iterator[Floats]:
+        """The same for every order from 0 on and for several weights: each (len(weights), n), for the same bases."""
         grams, position = np.unique(_grams(sequence, self.order), return_inverse=True)
-        probability = np.full(len(grams), 0.25)
+        weight = np.array(weights, dtype=float)[:, None]
+        probability = np.full((len(weights), len(grams)), 0.25)
         for k, table in enumerate(self.orders):
             gram = grams & _low_bases(k + 1)
             seen = _lookup(table.grams, table.counts, gram)
             total = _lookup(table.contexts, table.totals, gram >> np.uint64(2))
             probability = (seen + weight * probability) / (total + weight)
-            yield np.log2(probability)[position]
+            yield np.log2(probability)[:, position]
 
 
 def markov_bits(
@@ -102,18 +102,20 @@ def markov_bits(
     model = NucleotideMarkov(training, max(orders))
     table: dict[str, Any] = {str(order): {} for order in orders}
     for name, sequences in test_sets.items():
-        bits = {weight: _bits(model, sequences, weight) for weight in weights}
+        bits = _bits(model, sequences, weights)
         for order in orders:
-            best = min(weights, key=lambda weight: bits[weight][order])
-            table[str(order)][name] = {"bits": bits[best][order], "weight": best}
+            best = int(bits[order].argmin())
+            table[str(order)][name] = {"bits": float(bits[order, best]), "weight": weights[best]}
     return table
 
 
-def _bits(model: NucleotideMarkov, sequences: Sequence[bytes], weight: float) -> list[float]:
-    """Bits per base of every order."""
-    scores = [list(model.by_order(sequence, weight=weight)) for sequence in sequences]
-    bases = sum(len(orders[-1]) for orders in scores)
-    return [-math.fsum(float(part.sum()) for part in parts) / bases for parts in zip(*scores, strict=True)]
+def _bits(model: NucleotideMarkov, sequences: Sequence[bytes], weights: Sequence[float]) -> Floats:
+    """Bits per base of every order and weight, (orders, weights)."""
+    sums = np.zeros((model.order + 1, len(weights)))
+    for sequence in sequences:
+        for order, scores in enumerate(model.by_order(sequence, weights=weights)):
+            sums[order] -= scores.sum(axis=1)
+    return sums / sum(len(_grams(sequence, model.order)) for sequence in sequences)
 
 
 def _grams(sequence: bytes, order: int) -> Codes:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.report import markdown_table, write_result
+from examples.dna_tasks import summarise_variants
 
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def write_page(results: Results, *, command: str, seed: int, folder: Path) -> Pa
 
 
 def _training(results: Results, figures: dict[str, Figure]) -> Iterator[str]:
-    stages = [(name, stage) for name in ("hyena", "llama") for stage in results.get(name) or ()]
+    stages = [(name, stage) for name in ("hyena", "llama") for stage in results.get(name, [])]
     if not stages:
         return
     yield from ["## Training", ""]
@@ -137,7 +138,10 @@ def _variants(results: Results, figures: dict[str, Figure]) -> Iterator[str]:
     found = results.get("variants")
     if not found:
         return
-    summaries = found["summaries"]
+    summaries = {
+        name: summarise_variants(found["kinds"], found["effects"], ratios)
+        for name, ratios in found["log_ratios"].items()
+    }
     yield from ["## Planted substitutions", ""]
     yield f"{found['planted']:,} substitutions at random places of MG1655 (held out), as many for each codon position "
     yield "and between genes. The package has no annotation: genes are open reading frames from a scan of all six "
@@ -153,12 +157,13 @@ def _variants(results: Results, figures: dict[str, Figure]) -> Iterator[str]:
         ],
     )
     yield ""
-    yield "Area under the ROC curve when a lower log-ratio stands for the first of the two classes (0.5: chance)."
+    yield "Area under the ROC curve when a lower log-ratio stands for the first of the two classes (0.5: chance), and "
+    yield "its standard error (Hanley and McNeil 1982)."
     yield ""
     yield from markdown_table(
         ["classes", *names],
         [
-            [comparison, *(f"{summaries[name]['auc'][comparison]:.3f}" for name in names)]
+            [comparison, *("{:.3f} ({:.3f})".format(*summaries[name]["auc"][comparison]) for name in names)]
             for comparison in summaries[names[0]]["auc"]
         ],
     )
@@ -205,11 +210,12 @@ def _plot_training(results: Results) -> Figure:
     figure, (axes,) = _axes()
     for name in ("hyena", "llama"):
         begun = 0
-        for number, stage in enumerate(results.get(name) or ()):
+        for number, stage in enumerate(results.get(name, [])):
             per_step = stage["length"] * stage["batch_size"]
-            points = [(begun + step * per_step, bits) for step, bits in stage["loss_curve"]]
+            read = [begun + step * per_step for step, _ in stage["loss_curve"]]
+            bits = [bits for _, bits in stage["loss_curve"]]
             label = f"{name}, rows of {stage['length']:,}"
-            axes.plot(*zip(*points, strict=True), label=label, linestyle="-" if number == 0 else "--")
+            axes.plot(read, bits, label=label, linestyle="-" if number == 0 else "--")
             begun += stage["tokens"]
     axes.set(xlabel="bases read", ylabel="training bits per base")
     axes.legend()

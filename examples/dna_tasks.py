@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def fine_tune_species(
     """Fine-tune on a task folder with mean pooling, and give accuracy, F1 and MCC of the held-out strains.
 
     Args:
-        model: folder of a pretrained model, or a config.json for new weights.
+        model: folder of a pretrained model.
         task: from `write_task`.
         output: of the run; a finished one is read back.
         batch_size, epochs: of the run.
@@ -299,19 +300,28 @@ def markov_log_ratios(model: NucleotideMarkov, contig: bytes, planted: Sequence[
     return np.array(ratios)
 
 
-def summarise_variants(planted: Sequence[Planted], ratios: Floats) -> dict[str, Any]:
-    """Quartiles of the log-ratio by class, and how well a low one tells classes apart (area under the ROC curve)."""
-    kinds = np.array([variant.kind for variant in planted])
-    effects = np.array([variant.effect or "" for variant in planted])
-    coding = np.isin(kinds, CODON_CLASSES[:2])
-    groups = {kind: kinds == kind for kind in (*CODON_CLASSES, INTERGENIC)}
-    groups |= {effect: effects == effect for effect in EFFECTS}
-    comparisons = {
-        "codon positions 1 and 2 against 3": (coding, kinds == CODON_CLASSES[2]),
-        "codon positions 1 and 2 against intergenic": (coding, kinds == INTERGENIC),
-        "all coding against intergenic": (kinds != INTERGENIC, kinds == INTERGENIC),
-        "missense and nonsense against synonymous": (np.isin(effects, EFFECTS[1:]), effects == EFFECTS[0]),
-        "nonsense against synonymous": (effects == EFFECTS[2], effects == EFFECTS[0]),
+def summarise_variants(
+    kinds: Sequence[str], effects: Sequence[str | None], log_ratios: Sequence[float]
+) -> dict[str, Any]:
+    """Quartiles of the log-ratio by class, and how well a low one tells classes apart.
+
+    Args:
+        kinds, effects, log_ratios: of every substitution, as in `Planted`.
+
+    Returns:
+        `groups` {class: {count, quartiles}} and `auc` {comparison: (area under the ROC curve, standard error)}.
+    """
+    ratios = np.array(log_ratios)
+    kind, effect = np.array(kinds), np.array([effect or "" for effect in effects])
+    coding = np.isin(kind, CODON_CLASSES[:2])
+    groups: dict[str, NDArray[np.bool_]] = {name: kind == name for name in (*CODON_CLASSES, INTERGENIC)}
+    groups |= {name: effect == name for name in EFFECTS}
+    comparisons: dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {
+        "codon positions 1 and 2 against 3": (coding, groups[CODON_CLASSES[2]]),
+        "codon positions 1 and 2 against intergenic": (coding, groups[INTERGENIC]),
+        "all coding against intergenic": (~groups[INTERGENIC], groups[INTERGENIC]),
+        "missense and nonsense against synonymous": (np.isin(effect, EFFECTS[1:]), groups[EFFECTS[0]]),
+        "nonsense against synonymous": (groups[EFFECTS[2]], groups[EFFECTS[0]]),
     }
     return {
         "groups": {
@@ -327,12 +337,18 @@ def summarise_variants(planted: Sequence[Planted], ratios: Floats) -> dict[str, 
     }
 
 
-def auc(positives: Floats, negatives: Floats) -> float:
-    """Chance that a positive value is above a negative one, ties half."""
+def auc(positives: Floats, negatives: Floats) -> tuple[float, float]:
+    """Chance that a positive value is above a negative one, ties half, and its standard error.
+
+    The error is that of Hanley and McNeil 1982 (Radiology 143, 29-36).
+    """
     from sklearn.metrics import roc_auc_score
 
     labels = np.concatenate([np.ones(len(positives)), np.zeros(len(negatives))])
-    return float(roc_auc_score(labels, np.concatenate([positives, negatives])))
+    area = float(roc_auc_score(labels, np.concatenate([positives, negatives])))
+    above, below = area / (2 - area) - area**2, 2 * area**2 / (1 + area) - area**2
+    variance = area * (1 - area) + (len(positives) - 1) * above + (len(negatives) - 1) * below
+    return area, math.sqrt(max(0.0, variance) / (len(positives) * len(negatives)))
 
 
 # ---- embeddings

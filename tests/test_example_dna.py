@@ -267,16 +267,23 @@ def test_the_area_under_the_curve_counts_pairs():
     positives, negatives = np.array([3.0, 1.0, 2.0]), np.array([2.0, 0.0])
 
     pairs = [(p > n) + (p == n) / 2 for p in positives for n in negatives]
-    assert auc(positives, negatives) == pytest.approx(np.mean(pairs))
+    area, error = auc(positives, negatives)
+    assert area == pytest.approx(np.mean(pairs))
+    assert 0 < error < 0.5
+
+
+def test_the_error_of_an_area_is_the_spread_over_draws():
+    draw = np.random.default_rng(0)
+
+    areas, errors = zip(*(auc(draw.normal(0.5, 1, 60), draw.normal(0, 1, 40)) for _ in range(300)), strict=True)
+
+    assert np.mean(errors) == pytest.approx(np.std(areas), rel=0.15)
 
 
 def test_a_summary_gives_low_ratios_of_coding_changes_a_high_area():
-    variants = [Planted(i, "A", "C", kind, None) for i, kind in enumerate((*CODON_CLASSES, INTERGENIC) * 5)]
-    ratios = np.array([-3.0, -2.0, -1.0, 0.0] * 5)
+    summary = summarise_variants((*CODON_CLASSES, INTERGENIC) * 5, [None] * 20, [-3.0, -2.0, -1.0, 0.0] * 5)
 
-    summary = summarise_variants(variants, ratios)
-
-    assert summary["auc"]["codon positions 1 and 2 against 3"] == 1
+    assert summary["auc"]["codon positions 1 and 2 against 3"][0] == 1
     assert summary["groups"]["codon position 1"] == {"count": 5, "quartiles": [-3.0, -3.0, -3.0]}
 
 
@@ -294,7 +301,7 @@ def test_the_smoke_run_goes_through_every_stage_and_does_nothing_twice(tmp_path,
 
     results = json.loads((folder / "results.json").read_text())
     assert {path: path.stat().st_mtime_ns for path in (folder / "measured").iterdir()} == first
-    assert set(results["species-64"]) >= {"pretrained", "new weights", "4-mers, logistic regression"}
+    assert set(results["species-64"]) >= {"Hyena", "4-mers, logistic regression"}
     assert results["embed-whole"]["peak_bytes"] > 0
     page = (folder / "dna.md").read_text()
     assert all(f"## {title}" in page for title in ("Training", "Bits per base", "Species", "Planted", "Embedding"))
