@@ -103,7 +103,7 @@ def invariance(settings: Settings) -> Page:
             "score, chunks of 100 tokens": lambda group, m=model: score(
                 m, TOKENIZER, group, reduction="mean", chunk_length=100 if len(group) > 1 else 1 << 16
             ),
-            "slice that counts log p(pad), as evo2 0.5": lambda group, m=model: sliced_mean(m, group),
+            "slice that counts log p(pad), as evo2's released scorer": lambda group, m=model: sliced_mean(m, group),
         }
         for method, call in methods.items():
             alone = np.concatenate([call([text]) for text in sequences])
