@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -123,26 +122,24 @@ def convert(source: Path, target: Path) -> tuple[float, float, float]:
     command = [sys.executable, "-m", "hyena_hf.cli.main", "convert", str(source), str(target)]
     code = f"from hyena_hf.cli.main import main; main({command[3:]!r})"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    anonymous = 0
-    while True:
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if pid:
-            break
-        anonymous = max(anonymous, anonymous_kib(process.pid))
+    resident = anonymous = 0
+    while process.poll() is None:
+        # not `getrusage`, whose peak a child inherits from the process that started it
+        resident = max(resident, memory_kib(process.pid, "VmHWM"))
+        anonymous = max(anonymous, memory_kib(process.pid, "RssAnon"))
         time.sleep(0.02)
-    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"hyena convert ended with {process.returncode}")
-    return time.perf_counter() - began, usage.ru_maxrss / 2**20, anonymous / 2**20
+    return time.perf_counter() - began, resident / 2**20, anonymous / 2**20
 
 
-def anonymous_kib(pid: int) -> int:
-    """Memory of a process that belongs to no file."""
+def memory_kib(pid: int, name: str) -> int:
+    """A figure of /proc/PID/status: `VmHWM`, the peak so far, or `RssAnon`, memory that belongs to no file."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+    return sum(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def compare(source: Path, target: Path) -> int:

@@ -27,7 +27,7 @@ def model_fingerprint(model: Any) -> str:
     for where in ("_name_or_path", "transformers_version", "architectures", "auto_map"):
         config.pop(where, None)
     digest.update(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in sorted(model.base_model.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(flat.numel() // _SAMPLED, 1)].contiguous().cpu()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
