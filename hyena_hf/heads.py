@@ -23,7 +23,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_hyena import HyenaConfig
-from .modeling_hyena import HyenaForCausalLM, HyenaModel, HyenaPreTrainedModel, check_labels, check_stream
+from .modeling_hyena import HyenaForCausalLM, HyenaModel, HyenaPreTrainedModel, check_labels, check_stream, make_norm
 from .ops.segments import document_starts
 
 
@@ -104,6 +104,18 @@ class _HeadModel(HyenaPreTrainedModel):
             )
 
 
+class LMHeadTransform(nn.Module):
+    """norm(gelu(dense(x))): what BERT does to hidden states before its head."""
+
+    def __init__(self, config: HyenaConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = make_norm(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(nn.functional.gelu(self.dense(x)))
+
+
 class HyenaForMaskedLM(_HeadModel):
     """A bidirectional language model: `HyenaModel` with `is_causal=False` and a linear head over the vocabulary."""
 
@@ -116,7 +128,8 @@ class HyenaForMaskedLM(_HeadModel):
                 "use HyenaForCausalLM"
             )
         super().__init__(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_transform = LMHeadTransform(config) if config.lm_head_transform else None
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_transform)
         self.post_init()
 
     @can_return_tuple
@@ -142,7 +155,8 @@ class HyenaForMaskedLM(_HeadModel):
         outputs = self.encode(
             input_ids, attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
         )
-        logits = self.lm_head(outputs.last_hidden_state)
+        hidden_states = outputs.last_hidden_state
+        logits = self.lm_head(hidden_states if self.lm_transform is None else self.lm_transform(hidden_states))
         loss = None
         if labels is not None:
             labels = check_labels(labels, logits.shape[:2], self.config.vocab_size, "vocabulary")
