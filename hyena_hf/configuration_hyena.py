@@ -24,13 +24,18 @@ if TYPE_CHECKING:
     from typing import Any as ResolvedBool
     from typing import Any as ResolvedDict
     from typing import Any as ResolvedInt
+    from typing import Any as ResolvedPooling
     from typing import Any as ResolvedNames
 else:
     ResolvedInt, ResolvedBool, ResolvedNames, ResolvedDict = int | None, bool | None, list[str] | None, dict | None
+    ResolvedPooling = Literal["last", "mean"] | None
 
 LAYER_TYPES = ("hyena", "full_attention", "sliding_attention")
 FILTER_TYPES = ("implicit", "explicit", "modal")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+NORM_TYPES = ("layer_norm", "rms_norm", "rms_norm_outer_eps")
+# Layers that `use_bias` may name: those of Hyena mixers, then those of attention
+BIASED_LAYERS = ("in_proj", "short_conv", "out_proj", "qkv_proj", "attention_out_proj")
 
 # Keys that transformers itself passes or stores beside the fields of a config.
 _TRANSFORMERS_KEYS = frozenset(
@@ -126,6 +131,8 @@ class HyenaConfig(PreTrainedConfig):
             `modulation_target`.
         modulation_target (`float`): Value of the windows there, between 0 and 1.
         modulation_shift (`float`): Constant added to every window (0.05 in the published HyenaDNA inference code).
+        filter_groups (`int` or `list[int]`, *optional*): Different filters in an explicit filter (one value, or one a
+            layer): as many parameters, each for `num_heads / filter_groups` neighbouring heads (None: one a head).
         short_conv_kernel (`int`): Taps of the depthwise convolution before the gates.
         residual_conv (`bool`): Add a second long convolution, of a mixer's input itself, to its gated output
             (bidirectional models of order 2 only).
@@ -135,14 +142,18 @@ class HyenaConfig(PreTrainedConfig):
         learned_positions (`bool`): Add an embedding of a token's position to that of the token: a trained table of
             `max_position_embeddings` rows, so that such a model takes no longer input.
         type_vocab_size (`int`): Token types (`token_type_ids`) whose embedding is added; 0: none.
-        norm_type (`str`): `"layer_norm"` or `"rms_norm"`.
+        norm_type (`str`): `"layer_norm"`, `"rms_norm"`, or `"rms_norm_outer_eps"`, which adds the epsilon to the root
+            mean square and not to the mean square (StripedHyena, Evo).
         norm_eps (`float`): Epsilon of all norms.
-        hidden_act (`str`): Activation of the MLP, a name of `transformers.activations.ACT2FN`.
+        hidden_act (`str` or `list[str]`): Activation of the MLP, a name of `transformers.activations.ACT2FN` (one, or
+            one a layer; `"linear"` is none, a bilinear MLP where it is gated, as in Evo 2).
         gated_mlp (`bool`): `down(act(gate(x)) * up(x))` instead of `down(act(up(x)))`.
         mlp_bias (`bool` or `list[str]`): Biases in the MLP, or the names of its layers that have one: `"up_proj"`,
             with which the gate goes, and `"down_proj"`.
         mlp_blocks (`int`): The weights of the MLP are block-diagonal with so many blocks; 1: dense.
-        use_bias (`bool`): Biases in the projections of all mixers and in the short convolution.
+        use_bias (`bool` or `list[str]`): Biases in the projections of all mixers and in the short convolution, or the
+            names of those that have one: `"in_proj"`, `"short_conv"` and `"out_proj"` of Hyena mixers, `"qkv_proj"`
+            and `"attention_out_proj"` of attention.
         num_attention_heads (`int`, *optional*): Query heads of attention layers (None: `hidden_size // 64`, at
             least 1).
         num_key_value_heads (`int`, *optional*): Key-value heads (None: as many as query heads).
@@ -161,6 +172,8 @@ class HyenaConfig(PreTrainedConfig):
         embed_dropout, resid_dropout, mlp_dropout, hyena_dropout, attention_dropout (`float`): Dropout after the
             embedding, after mixers and MLPs, inside MLPs, on the gated inputs of the long convolutions, on attention
             weights.
+        classifier_pooling (`str`, *optional*): What a head for whole sequences reads: `"last"`, the last real token
+            (default of causal models), or `"mean"`, the mean of all real tokens (default of others).
         use_cache (`bool`, *optional*): Return a cache from `forward` unless told otherwise (None: `is_causal`).
         tie_word_embeddings (`bool`): Share the embedding with the language-model head.
         lm_head_transform (`bool`): In `HyenaForMaskedLM`, a linear layer, GELU and a norm before the head, and a bias
@@ -199,18 +212,19 @@ class HyenaConfig(PreTrainedConfig):
     slow_decay: float | int = 1.5
     modulation_target: float = 1e-2
     modulation_shift: float | int = 0.0
+    filter_groups: int | list[int] | None = None
     short_conv_kernel: int = 3
     residual_conv: bool = False
     block_type: Literal["pre_norm", "monarch_mixer", "monarch_mixer_norm"] = "pre_norm"
     learned_positions: bool = False
     type_vocab_size: int = 0
-    norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    norm_type: Literal["layer_norm", "rms_norm", "rms_norm_outer_eps"] = "layer_norm"
     norm_eps: float = 1e-5
-    hidden_act: str = "gelu_pytorch_tanh"
+    hidden_act: str | list[str] = "gelu_pytorch_tanh"
     gated_mlp: bool = False
     mlp_bias: bool | list[str] = True
     mlp_blocks: int = 1
-    use_bias: bool = True
+    use_bias: bool | list[str] = True
     num_attention_heads: ResolvedInt = None
     num_key_value_heads: ResolvedInt = None
     head_dim: ResolvedInt = None
@@ -225,6 +239,7 @@ class HyenaConfig(PreTrainedConfig):
     mlp_dropout: float | int = 0.0
     hyena_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
+    classifier_pooling: ResolvedPooling = None
     use_cache: ResolvedBool = None
     tie_word_embeddings: bool = True
     lm_head_transform: bool = False
@@ -240,6 +255,8 @@ class HyenaConfig(PreTrainedConfig):
             self.filter_types = ["implicit"] * self.num_hidden_layers
         if self.use_cache is None:
             self.use_cache = self.is_causal
+        if self.classifier_pooling is None:
+            self.classifier_pooling = "last" if self.is_causal else "mean"
         if self.num_attention_heads is None:
             self.num_attention_heads = max(1, self.hidden_size // 64)
         if self.num_key_value_heads is None:
@@ -276,6 +293,19 @@ class HyenaConfig(PreTrainedConfig):
     def has_mlp_bias(self, layer: str) -> bool:
         """Whether a layer of the MLP, by its name in `mlp_bias`, has a bias."""
         return self.mlp_bias if isinstance(self.mlp_bias, bool) else layer in self.mlp_bias
+
+    def has_bias(self, layer: str) -> bool:
+        """Whether a projection or the short convolution, by its name in `use_bias`, has a bias."""
+        return self.use_bias if isinstance(self.use_bias, bool) else layer in self.use_bias
+
+    def activation(self, layer: int) -> str:
+        """Name of the activation in the MLP of one layer."""
+        return self.hidden_act if isinstance(self.hidden_act, str) else self.hidden_act[layer]
+
+    def group_count(self, layer: int) -> int:
+        """Different filters in the explicit filter of one layer."""
+        groups = self.filter_groups[layer] if isinstance(self.filter_groups, list) else self.filter_groups
+        return self.num_filters if groups is None else groups
 
     def pole_count(self, layer: int) -> int:
         """Stored poles of the modal filter of one layer."""
@@ -316,12 +346,12 @@ class HyenaConfig(PreTrainedConfig):
             for entry in entries:
                 if entry not in allowed:
                     raise ValueError(f"{name} holds {entry!r}; choose each entry from {', '.join(allowed)}")
-        for name in ("filter_length", "state_size", "num_poles"):
+        for name in ("filter_length", "state_size", "num_poles", "filter_groups", "hidden_act"):
             entries = getattr(self, name)
             if isinstance(entries, list) and len(entries) != self.num_hidden_layers:
                 raise ValueError(
                     f"{name} has {len(entries)} entries for num_hidden_layers ({self.num_hidden_layers}); give one "
-                    f"number, or one a layer"
+                    f"value, or one a layer"
                 )
         self._validate_poles()  # lists have one entry a layer from here on
 
@@ -336,8 +366,12 @@ class HyenaConfig(PreTrainedConfig):
         self._validate_blocks()
         if self.has_attention:
             self._validate_attention()
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act is {self.hidden_act!r}; choose a name of transformers.activations.ACT2FN")
+        for name in self.hidden_act if isinstance(self.hidden_act, list) else [self.hidden_act]:
+            if name not in ACT2FN:
+                raise ValueError(f"hidden_act is {name!r}; choose a name of transformers.activations.ACT2FN")
+        for name in self.use_bias if isinstance(self.use_bias, list) else ():
+            if name not in BIASED_LAYERS:
+                raise ValueError(f"use_bias names {name!r}; choose True, False or names from {BIASED_LAYERS}")
 
     def validate_token_ids(self) -> None:
         """Refuse special tokens outside the vocabulary."""
@@ -359,7 +393,7 @@ class HyenaConfig(PreTrainedConfig):
             *("type_vocab_size", "mlp_blocks"),
         )
         values = [(name, getattr(self, name)) for name in names]
-        for name in ("filter_length", "state_size", "num_poles"):
+        for name in ("filter_length", "state_size", "num_poles", "filter_groups"):
             entries = getattr(self, name)
             values += [(name, entry) for entry in (entries if isinstance(entries, list) else [entries])]
         for name, value in values:
@@ -400,6 +434,12 @@ class HyenaConfig(PreTrainedConfig):
                 f"num_heads ({self.num_heads}) below hidden_size ({self.hidden_size}) needs a causal model; leave "
                 f"num_heads out or set is_causal=True"
             )
+        for layer, kind in enumerate(self.filter_types):
+            if kind == "explicit" and self.num_filters % self.group_count(layer):
+                raise ValueError(
+                    f"filter_groups ({self.group_count(layer)}) must divide the number of filters ({self.num_filters}) "
+                    f"in layer {layer}; choose a divisor, or leave it out"
+                )
         if "modal" in self.filter_types and not self.is_causal:
             raise ValueError("filter_types holds 'modal', a recurrence over the past, but is_causal is False")
         if self.use_cache and not self.is_causal:

@@ -421,7 +421,7 @@ class ImplicitFilter(LongFilter):
 
 
 class ExplicitFilter(LongFilter):
-    """Filters whose taps are parameters.
+    """Filters whose taps are parameters, one for each group of neighbouring heads.
 
     Args:
         config: The model's config; `filter_length` gives the number of taps.
@@ -434,7 +434,9 @@ class ExplicitFilter(LongFilter):
         assert support is not None  # noqa: S101 (the config gives explicit filters a length)
         self.support, self.frequency_sparsity = support, config.frequency_sparsity
         self.max_length = config.max_position_embeddings if config.beyond_trained_length == "refuse" else None
-        shape = config.order - 1, config.num_filters, support
+        groups = config.group_count(layer_idx)
+        self.heads_in_group = config.num_filters // groups
+        shape = config.order - 1, groups, support
         self.is_causal = config.is_causal
         self.weight = nn.Parameter(torch.zeros(shape, dtype=_filter_dtype()))
         self.reverse_weight = None if self.is_causal else nn.Parameter(torch.zeros_like(self.weight))
@@ -443,7 +445,7 @@ class ExplicitFilter(LongFilter):
         """The first taps of the parameter."""
         weight = self.reverse_weight if reverse else self.weight
         assert weight is not None  # noqa: S101 (`forward` has refused; narrows the type)
-        return weight[..., :length]
+        return weight[..., :length].repeat_interleave(self.heads_in_group, dim=1)
 
 
 class ModalFilter(LongFilter):

@@ -170,13 +170,13 @@ class HyenaForMaskedLM(_HeadModel):
 class HyenaForSequenceClassification(_HeadModel):
     """A label, several, or numbers for every sequence: `HyenaModel`, pooling, and a linear `score`.
 
-    A causal model is pooled by its last real token, which has seen all others; a bidirectional one by the mean over
-    its real tokens.
+    `config.classifier_pooling` says what is read: by default the last real token of a causal model, which has seen all
+    others, and the mean over the real tokens of a bidirectional one.
     """
 
     def __init__(self, config: HyenaConfig) -> None:
         super().__init__(config)
-        self.pool: Callable[[Tensor, Tensor | None], Tensor] = _last if config.is_causal else _mean
+        self.pool: Callable[[Tensor, Tensor | None], Tensor] = _last if config.classifier_pooling == "last" else _mean
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 

@@ -43,7 +43,7 @@ from .ops.segments import build_segments, check_positions, document_starts, numb
 
 
 class HyenaRMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 at least."""
+    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 at least."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -52,8 +52,20 @@ class HyenaRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * exact.to(x.dtype)
+        return self.weight * (exact * self.scale(exact)).to(x.dtype)
+
+    def scale(self, x: Tensor) -> Tensor:
+        """What every row of x (..., D) is multiplied by, (..., 1)."""
+        return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+class HyenaOuterEpsRMSNorm(HyenaRMSNorm):
+    """x / (sqrt(mean(x^2)) + eps) * weight: the norm of StripedHyena and Evo."""
+
+    def scale(self, x: Tensor) -> Tensor:
+        """What every row of x (..., D) is multiplied by, (..., 1)."""
+        # a norm, whose gradient at zero is zero, where that of a root is infinite
+        return 1 / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5 + self.eps)
 
 
 class HyenaLayerNorm(nn.LayerNorm):
@@ -67,10 +79,16 @@ class HyenaLayerNorm(nn.LayerNorm):
         return nn.functional.layer_norm(input.to(exact), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
+NORMS: dict[str, type[HyenaLayerNorm] | type[HyenaRMSNorm]] = {
+    "layer_norm": HyenaLayerNorm,
+    "rms_norm": HyenaRMSNorm,
+    "rms_norm_outer_eps": HyenaOuterEpsRMSNorm,
+}
+
+
 def make_norm(config: HyenaConfig) -> nn.LayerNorm | HyenaRMSNorm:
     """The norm that the config names."""
-    norm = HyenaLayerNorm if config.norm_type == "layer_norm" else HyenaRMSNorm
-    return norm(config.hidden_size, eps=config.norm_eps)
+    return NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
 
 
 class HyenaMLP(nn.Module):
@@ -84,13 +102,13 @@ class HyenaMLP(nn.Module):
 
     _TILE = 1024  # tokens
 
-    def __init__(self, config: HyenaConfig) -> None:
+    def __init__(self, config: HyenaConfig, layer_idx: int) -> None:
         super().__init__()
         inner, bias = config.intermediate_size, config.has_mlp_bias("up_proj")
         self.gate_proj = nn.Linear(config.hidden_size, inner, bias=bias) if config.gated_mlp else None
         self.up_proj = nn.Linear(config.hidden_size, inner, bias=bias)
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=config.has_mlp_bias("down_proj"))
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation = ACT2FN[config.activation(layer_idx)]
         self.dropout = nn.Dropout(config.mlp_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,14 +135,14 @@ class BlockDiagonalMLP(nn.Module):
     the inputs gates what comes from the second.
     """
 
-    def __init__(self, config: HyenaConfig) -> None:
+    def __init__(self, config: HyenaConfig, layer_idx: int) -> None:
         super().__init__()
         width, inner, blocks = config.hidden_size, config.intermediate_size, config.mlp_blocks
         self.gated = config.gated_mlp
         outputs = 2 * inner if self.gated else inner
         self.up_proj = BlockDiagonalLinear(width, outputs, blocks, config.has_mlp_bias("up_proj"))
         self.down_proj = BlockDiagonalLinear(inner, width, blocks, config.has_mlp_bias("down_proj"))
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation = ACT2FN[config.activation(layer_idx)]
         self.dropout = nn.Dropout(config.mlp_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,7 +165,8 @@ class HyenaDecoderLayer(GradientCheckpointingLayer):
         self.mixer_norm = None if config.block_type == "monarch_mixer" else make_norm(config)
         self.mixer = mixer(config, layer_idx)
         self.mlp_norm = make_norm(config)
-        self.mlp = HyenaMLP(config) if config.mlp_blocks == 1 else BlockDiagonalMLP(config)
+        mlp = HyenaMLP if config.mlp_blocks == 1 else BlockDiagonalMLP
+        self.mlp = mlp(config, layer_idx)
         self.dropout = nn.Dropout(config.resid_dropout)
 
     def forward(

@@ -61,6 +61,20 @@ COMBINATIONS = {
     "explicit heads": {"num_heads": 1, "filter_types": ["explicit"] * 3, "filter_length": [5, 300, 16]},
     "trained features": {"trainable_positional_features": True, "tie_word_embeddings": False},
     "partial": {"modulation": False, "filter_length": 11, "filter_num_layers": 2, "residual_in_fp32": True},
+    "striped": {  # as Evo 2: three kinds of filters, groups, a norm and MLPs of its own, biases in some places
+        "layer_types": [HYENA, FULL, HYENA],
+        "filter_types": ["explicit", "implicit", "modal"],
+        "filter_length": 7,
+        "filter_groups": 4,
+        "state_size": 5,
+        "num_poles": 5,
+        "norm_type": "rms_norm_outer_eps",
+        "norm_eps": 1e-3,
+        "gated_mlp": True,
+        "mlp_bias": False,
+        "hidden_act": ["gelu", "linear", "linear"],
+        "use_bias": ["out_proj", "attention_out_proj"],
+    },
     "shifted": {"modulation_shift": 0.05, "order": 4, "norm_type": "rms_norm"},
 }
 

@@ -259,6 +259,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_pytorch_tanh": gelu_tanh,
     "gelu": gelu,
     "silu": silu,
+    "linear": lambda x: x,
 }
 
 
@@ -384,12 +385,15 @@ def attention_mixer(u: Array, params: dict) -> Array:
 
 
 def norm(x: Array, params: dict[str, Array | None], norm_type: str = "layer", eps: float = 1e-5) -> Array:
-    """`layer_norm` or `rms_norm` by the config's `norm_type` ("layer" or "rms")."""
+    """`layer_norm` or `rms_norm`: "layer", "rms", or "rms_outer", whose epsilon is added to the root."""
     if norm_type == "layer":
         return layer_norm(x, params["weight"], params.get("bias"), eps)
     if norm_type == "rms":
         return rms_norm(x, params["weight"], eps)
-    raise ValueError(f"norm_type {norm_type!r}: expected 'layer' or 'rms'")
+    if norm_type == "rms_outer":
+        root = np.sqrt((exact(x) ** 2).mean(-1, keepdims=True))
+        return exact(x) / (root + eps) * exact(params["weight"])
+    raise ValueError(f"norm_type {norm_type!r}: expected 'layer', 'rms' or 'rms_outer'")
 
 
 def mixer(u: Array, params: dict) -> Array:
@@ -402,7 +406,7 @@ def hidden_states(
     params: dict,
     norm_type: str = "layer",
     eps: float = 1e-5,
-    hidden_act: str = "gelu_pytorch_tanh",
+    hidden_act: str | list[str] = "gelu_pytorch_tanh",
 ) -> Array:
     """Pre-norm residual decoder: x += mixer(norm1 x); x += mlp(norm2 x) per layer; final norm. Returns (..., L, D).
 
@@ -410,9 +414,10 @@ def hidden_states(
     `logits` optionally "lm_head" (V, D), the embedding when absent.
     """
     x = exact(params["embedding"])[np.asarray(input_ids)]
-    for layer in params["layers"]:
+    for index, layer in enumerate(params["layers"]):
+        act = hidden_act if isinstance(hidden_act, str) else hidden_act[index]
         x = x + mixer(norm(x, layer["norm1"], norm_type, eps), layer["mixer"])
-        x = x + mlp(norm(x, layer["norm2"], norm_type, eps), layer["mlp"], hidden_act)
+        x = x + mlp(norm(x, layer["norm2"], norm_type, eps), layer["mlp"], act)
     return norm(x, params["final_norm"], norm_type, eps)
 
 

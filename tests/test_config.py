@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from hyena_hf import HyenaConfig, HyenaForCausalLM, HyenaModel
+from hyena_hf import HyenaConfig, HyenaForCausalLM, HyenaForSequenceClassification, HyenaModel
 from tests.models import COMBINATIONS, FULL, HYENA, SLIDING, config_of, new_model, tokens
 
 
@@ -62,6 +62,13 @@ def kinds_of_memory(**changes):
     return [type(history) for layer in past.layers for history in layer.histories]
 
 
+def class_scores(**changes):
+    torch.manual_seed(0)
+    model = HyenaForSequenceClassification(config_of(num_labels=3, **changes)).eval()
+    with torch.no_grad():
+        return model(tokens(1, 40)).logits.tolist()
+
+
 def generation_ids(**changes):
     generation = GenerationConfig.from_model_config(config_of(**changes))
     return generation.pad_token_id, generation.bos_token_id, generation.eos_token_id
@@ -95,6 +102,7 @@ EFFECTS = {
     "slow_decay": (logits, 1.5, 1),
     "modulation_target": (logits, 0.01, 0.1),
     "modulation_shift": (logits, 0.0, 0.05),
+    "filter_groups": (shapes, None, 4, {"filter_types": ["explicit"] * 3}),
     "short_conv_kernel": (shapes, 3, 4),
     "norm_type": (shapes, "layer_norm", "rms_norm"),
     "norm_eps": (logits, 1e-5, 1e-2),
@@ -115,6 +123,7 @@ EFFECTS = {
     "resid_dropout": (logits_in_training, 0.0, 0.5),
     "hyena_dropout": (logits_in_training, 0.0, 0.5),
     "attention_dropout": (logits_in_training, 0.0, 0.5, ATTENTION),
+    "classifier_pooling": (class_scores, "last", "mean"),
     "use_cache": (returns_a_cache, True, False),
     "tie_word_embeddings": (shapes, True, False),
     "pad_token_id": (generation_ids, None, 3),

@@ -38,7 +38,8 @@ def norm(module):
 def filter_taps(config, long_filter, length):
     """Taps (N - 1, H, length) from the parameters of a filter, by the oracle."""
     if isinstance(long_filter, ExplicitFilter):
-        return long_filter.weight.numpy()
+        taps = long_filter.weight.numpy()
+        return np.repeat(taps, config.num_filters // taps.shape[1], axis=1)
     if isinstance(long_filter, ModalFilter):
         return modal_taps(long_filter, length)
     trained = config.max_position_embeddings
@@ -115,7 +116,7 @@ def oracle(model, ids):
         "final_norm": norm(model.model.norm),
         "lm_head": model.lm_head.weight.numpy(),
     }
-    kind = config.norm_type.removesuffix("_norm")
+    kind = {"layer_norm": "layer", "rms_norm": "rms", "rms_norm_outer_eps": "rms_outer"}[config.norm_type]
     return oracles.logits(oracles.hidden_states(ids.numpy(), params, kind, config.norm_eps, config.hidden_act), params)
 
 
@@ -151,7 +152,7 @@ def test_float32_logits_are_close_to_float64_and_bfloat16_ones_to_float32(name):
     assert (half - exact).norm().item() <= 0.05 * exact.norm().item()
 
 
-@pytest.mark.parametrize("norm_type", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("norm_type", ["layer_norm", "rms_norm", "rms_norm_outer_eps"])
 def test_gradients_of_bfloat16_norms_are_summed_in_float32(norm_type):
     norm = make_norm(config_of(norm_type=norm_type)).bfloat16()
     x, cotangent = torch.randn(500, 32).bfloat16(), torch.randn(500, 32).bfloat16()
@@ -591,7 +592,7 @@ def test_lora_trains_and_merges():
 def watched_mlp(monkeypatch, **changes):
     """An MLP with tiles of 8 tokens, and the shapes that its activation sees."""
     monkeypatch.setattr(HyenaMLP, "_TILE", 8)
-    mlp, seen = HyenaMLP(config_of("order 2", **changes)).eval(), []
+    mlp, seen = HyenaMLP(config_of("order 2", **changes), 0).eval(), []
     mlp.activation.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
     return mlp, seen, torch.randn(3, 11, mlp.up_proj.in_features)
 

@@ -146,11 +146,11 @@ class HyenaAttention(nn.Module):
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
         sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
-        width, bias = config.hidden_size, config.use_bias
+        width, bias = config.hidden_size, config.has_bias("qkv_proj")
         self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, self.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, self.num_key_value_heads * self.head_dim, bias=bias)
-        self.out_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=bias)
+        self.out_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=config.has_bias("attention_out_proj"))
         self.weights = AttentionWeights()
 
     def make_histories(self, length: int | None, expected: int | None) -> list[AttentionHistory]:

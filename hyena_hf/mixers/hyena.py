@@ -135,11 +135,11 @@ class HyenaMixer(nn.Module):
         self.has_one_pass = config.order == 2 and config.num_filters == config.hidden_size and config.is_causal
         self.frozen: FrozenTaps | None = None  # see `HyenaPreTrainedModel.frozen_filters`
         channels = (config.order + 1) * config.hidden_size
-        self.in_proj = nn.Linear(config.hidden_size, channels, bias=config.use_bias)
-        self.short_conv = ShortConv(channels, config.short_conv_kernel, config.use_bias)
+        self.in_proj = nn.Linear(config.hidden_size, channels, bias=config.has_bias("in_proj"))
+        self.short_conv = ShortConv(channels, config.short_conv_kernel, config.has_bias("short_conv"))
         self.filter = FILTERS[config.filter_types[layer_idx]](config, layer_idx)
         self.skip = nn.Parameter(torch.empty(config.order - 1, self.num_heads))
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.has_bias("out_proj"))
         self.residual = ResidualConv(config, layer_idx) if config.residual_conv else None
 
     def make_histories(self, length: int | None, expected: int | None, plan: Plan | None = None) -> list[History]:
