@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from typing import Any as ResolvedNames
 else:
     ResolvedInt, ResolvedBool, ResolvedNames, ResolvedDict = int | None, bool | None, list[str] | None, dict | None
-    ResolvedPooling = Literal["last", "mean"] | None
+    ResolvedPooling = Literal["first", "last", "mean"] | None
 
 LAYER_TYPES = ("hyena", "full_attention", "sliding_attention")
 FILTER_TYPES = ("implicit", "explicit", "modal")
@@ -138,7 +138,7 @@ class HyenaConfig(PreTrainedConfig):
             (bidirectional models of order 2 only).
         block_type (`str`): `"pre_norm"`: x + mixer(norm(x)), then x + mlp(norm(x)), and a norm behind the last block.
             `"monarch_mixer"`: y = mixer(x), then norm(y + mlp(y)), and a norm behind the embeddings.
-            `"monarch_mixer_norm"`: the same with mixer(norm(x)).
+            `"monarch_mixer_norm"`: the same with mixer(norm(x)), where this norm has the epsilon 1e-5.
         learned_positions (`bool`): Add an embedding of a token's position to that of the token: a trained table of
             `max_position_embeddings` rows, so that such a model takes no longer input.
         type_vocab_size (`int`): Token types (`token_type_ids`) whose embedding is added; 0: none.
@@ -173,7 +173,7 @@ class HyenaConfig(PreTrainedConfig):
             embedding, after mixers and MLPs, inside MLPs, on the gated inputs of the long convolutions, on attention
             weights.
         classifier_pooling (`str`, *optional*): What a head for whole sequences reads: `"last"`, the last real token
-            (default of causal models), or `"mean"`, the mean of all real tokens (default of others).
+            (default of causal models), `"first"`, or `"mean"`, the mean of all real tokens (default of others).
         use_cache (`bool`, *optional*): Return a cache from `forward` unless told otherwise (None: `is_causal`).
         tie_word_embeddings (`bool`): Share the embedding with the language-model head.
         lm_head_transform (`bool`): In `HyenaForMaskedLM`, a linear layer, GELU and a norm before the head, and a bias

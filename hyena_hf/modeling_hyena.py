@@ -86,9 +86,17 @@ NORMS: dict[str, type[HyenaLayerNorm] | type[HyenaRMSNorm]] = {
 }
 
 
-def make_norm(config: HyenaConfig) -> nn.LayerNorm | HyenaRMSNorm:
-    """The norm that the config names."""
-    return NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
+def make_norm(config: HyenaConfig, eps: float | None = None) -> nn.LayerNorm | HyenaRMSNorm:
+    """The norm that the config names, with its epsilon unless one is given."""
+    return NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps if eps is None else eps)
+
+
+def make_mixer_norm(config: HyenaConfig) -> nn.LayerNorm | HyenaRMSNorm | None:
+    """The norm before a mixer, where blocks have one."""
+    if config.block_type == "pre_norm":
+        return make_norm(config)
+    # its published form has torch's epsilon, whatever that of the other norms
+    return make_norm(config, eps=1e-5) if config.block_type == "monarch_mixer_norm" else None
 
 
 class HyenaMLP(nn.Module):
@@ -162,7 +170,7 @@ class HyenaDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         mixer = HyenaMixer if config.layer_types[layer_idx] == "hyena" else HyenaAttention
         self.is_pre_norm = config.block_type == "pre_norm"
-        self.mixer_norm = None if config.block_type == "monarch_mixer" else make_norm(config)
+        self.mixer_norm = make_mixer_norm(config)
         self.mixer = mixer(config, layer_idx)
         self.mlp_norm = make_norm(config)
         mlp = HyenaMLP if config.mlp_blocks == 1 else BlockDiagonalMLP
