@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from typing import Any as ResolvedBool
     from typing import Any as ResolvedDict
     from typing import Any as ResolvedInt
-    from typing import Any as ResolvedPooling
     from typing import Any as ResolvedNames
+    from typing import Any as ResolvedPooling
 else:
     ResolvedInt, ResolvedBool, ResolvedNames, ResolvedDict = int | None, bool | None, list[str] | None, dict | None
     ResolvedPooling = Literal["first", "last", "mean"] | None
@@ -160,6 +160,8 @@ class HyenaConfig(PreTrainedConfig):
         head_dim (`int`, *optional*): Width of an attention head (None: `hidden_size // num_attention_heads`).
         sliding_window (`int`, *optional*): Tokens that a `"sliding_attention"` layer sees, the current one included.
         rope_parameters (`dict`, *optional*): Rotary position embedding of the attention layers, in transformers' form.
+        rope_frequency_dtype (`str`): `"float32"`, or `"bfloat16"` for rotary frequencies rounded to it: the files of
+            Evo 2 hold such, and its published code uses them.
         beyond_trained_length (`str`): What to do with inputs longer than `max_position_embeddings`: `"extrapolate"`
             or `"refuse"`, which refuses them also where every filter ends before.
         decode_cache (`str`): What a growing cache keeps of the inputs of a long convolution: `"history"`, all of them,
@@ -230,6 +232,7 @@ class HyenaConfig(PreTrainedConfig):
     head_dim: ResolvedInt = None
     sliding_window: int | None = None
     rope_parameters: ResolvedDict = None
+    rope_frequency_dtype: Literal["float32", "bfloat16"] = "float32"
     beyond_trained_length: Literal["extrapolate", "refuse"] = "extrapolate"
     decode_cache: Literal["auto", "history", "online"] = "auto"
     residual_in_fp32: bool = False
@@ -437,8 +440,8 @@ class HyenaConfig(PreTrainedConfig):
         for layer, kind in enumerate(self.filter_types):
             if kind == "explicit" and self.num_filters % self.group_count(layer):
                 raise ValueError(
-                    f"filter_groups ({self.group_count(layer)}) must divide the number of filters ({self.num_filters}) "
-                    f"in layer {layer}; choose a divisor, or leave it out"
+                    f"filter_groups ({self.group_count(layer)}) must divide the number of filters "
+                    f"({self.num_filters}) in layer {layer}; choose a divisor, or leave it out"
                 )
         if "modal" in self.filter_types and not self.is_causal:
             raise ValueError("filter_types holds 'modal', a recurrence over the past, but is_causal is False")
@@ -510,6 +513,10 @@ class HyenaConfig(PreTrainedConfig):
             raise ValueError(
                 f"rope_parameters has rope_type {rope_type!r}; choose one of {ROPE_TYPES} ('dynamic' and 'longrope' "
                 f"turn keys by the length of the longest sequence in a batch)"
+            )
+        if self.rope_frequency_dtype == "bfloat16" and rope_type not in ("default", "linear"):
+            raise ValueError(
+                f"rope_frequency_dtype 'bfloat16' is for rope_type 'default' or 'linear', not {rope_type!r}"
             )
         partial = self.rope_parameters.get("partial_rotary_factor", 1.0)
         if partial != 1.0:

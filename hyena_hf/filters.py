@@ -130,15 +130,15 @@ def _features_over_time(times: Tensor, turns: Tensor, frequencies: Tensor) -> Te
 
 
 def positional_features(
-    length: int, trained_length: int, num_bands: int, device: torch.device | None = None
+    length: int, trained_length: int, num_bands: int, device: torch.device | None = None, *, start: int = 0
 ) -> Tensor:
-    """Features of every lag in float32, (length, 2 * num_bands + 1).
+    """Features of lags start to length - 1 in float32, (length - start, 2 * num_bands + 1).
 
     Published weights were trained on float32 angles, so they are formed in float32 here too: in float64 from the start
     the features of a trained model would differ by 1e-6.
     """
     times, turns = filter_times(length, trained_length, device), filter_turns(length, trained_length, device)
-    return _features_over_time(times, turns, band_frequencies(num_bands, device)).mT.contiguous()
+    return _features_over_time(times[start:], turns[start:], band_frequencies(num_bands, device)).mT.contiguous()
 
 
 def decay_rates(config: HyenaConfig) -> Tensor:

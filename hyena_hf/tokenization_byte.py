@@ -226,6 +226,11 @@ def _byte_characters() -> list[str]:
     return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
 
 
+def byte_token(byte: int) -> str:
+    """The token that stands for a byte 0 to 255, where a published model uses one as a special token."""
+    return _byte_characters()[byte]
+
+
 def _vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
     vocab = {token: index for index, token in enumerate([*_byte_characters(), *SPECIAL_TOKENS.values()])}
     for left, right in merges:

@@ -115,6 +115,7 @@ EFFECTS = {
     "head_dim": (shapes, 8, 4, ATTENTION),
     "sliding_window": (logits, 8, 9, ATTENTION),
     "rope_parameters": (logits, None, {"rope_type": "default", "rope_theta": 100.0}, ATTENTION),
+    "rope_frequency_dtype": (logits, "float32", "bfloat16", ATTENTION),
     "beyond_trained_length": (longest_input, "extrapolate", "refuse"),
     "decode_cache": (kinds_of_memory, "history", "online"),
     "residual_in_fp32": (logits_in_bfloat16, False, True),

@@ -215,6 +215,12 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         tokens = self._tokens[: min(rows * self.length, self.num_tokens)]
         return PackedRows(tokens, self._starts[:-1][self._starts[:-1] < len(tokens)], self.length)
 
+    def with_length(self, length: int) -> PackedRows:
+        """The same stream cut into rows of another length."""
+        if length < 2:
+            raise ValueError(f"length must be at least 2, got {length}; the first token of a row is never predicted")
+        return PackedRows(self._tokens[: self.num_tokens], self._starts[:-1], length)
+
     def digest(self) -> str:
         """A short hash of tokens and boundaries, to tell one set of rows from another."""
         content = hashlib.sha256(self._tokens.numpy().tobytes())

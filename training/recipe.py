@@ -189,18 +189,31 @@ def _claim(
     output_dir: Path, model: PreTrainedModel, train_rows: PackedRows, recipe: Recipe, penalty: Penalty | None
 ) -> None:
     """Write down what this run is; refuse a folder in which another run was begun."""
-    shapes = "".join(f"{name}{tuple(parameter.shape)}" for name, parameter in model.named_parameters())
     this = {
         **asdict(recipe),
         "betas": list(recipe.betas),
         "model": type(model).__name__,
-        "model_digest": hashlib.sha256(shapes.encode()).hexdigest()[:16],
+        "model_digest": model_digest(model),
         "length": train_rows.length,
         "tokens": train_rows.num_tokens,
         "data_digest": train_rows.digest(),
         "penalty": None if penalty is None else repr(penalty),
     }
-    path = output_dir / "recipe.json"
+    claim(output_dir, this)
+
+
+def claim(output_dir: Path, this: dict[str, Any], name: str = "recipe.json") -> None:
+    """Write down in OUTPUT/NAME what a run is; refuse a folder in which another run was begun.
+
+    Args:
+        output_dir: folder of the run.
+        this: what a resumed run must agree with, as JSON gives it back (lists, not tuples).
+        name: of the file.
+
+    Raises:
+        ValueError: the folder holds another run, with the differences, or checkpoints of unknown origin.
+    """
+    path = output_dir / name
     if path.exists():
         before = json.loads(path.read_text())
         differing = [
@@ -216,6 +229,12 @@ def _claim(
             f"{output_dir} holds checkpoints of a run that was not begun here; choose another output folder"
         )
     write_json(path, this)
+
+
+def model_digest(model: torch.nn.Module) -> str:
+    """A short hash of the names and shapes of all parameters."""
+    shapes = "".join(f"{name}{tuple(parameter.shape)}" for name, parameter in model.named_parameters())
+    return hashlib.sha256(shapes.encode()).hexdigest()[:16]
 
 
 def _summarise(state: TrainerState, tokens: int, output_dir: Path) -> TrainingResult:

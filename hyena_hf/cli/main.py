@@ -1,5 +1,6 @@
 """The command `hyena`: what the package does to models on disk.
 
+hyena convert LongSafari/hyenadna-small-32k-seqlen OUT
 hyena distill IN OUT --state-size 16 --calibrate text.txt
 """
 
@@ -9,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import distill
+from . import convert, distill
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -20,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="hyena", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    distill.add_parser(commands)
+    for command in (convert, distill):
+        command.add_parser(commands)
     chosen = parser.parse_args(arguments)
     try:
         chosen.run(chosen)

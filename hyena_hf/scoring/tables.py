@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables that are written in parts, so that a killed run goes on where it was.
+
+Beside `OUT` stands a folder `OUT.parts` while work goes on: finished parts, renamed into place whole, and a manifest
+of what they were made from. The last step joins the parts into `OUT`, and removes the folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .processes import processes, share
+
+
+Item = TypeVar("Item")
+Row = tuple[Any, ...]
+_MANIFEST = "manifest.json"
+_SAMPLES = 4096  # numbers of a tensor that enter its fingerprint
+
+
+class ResumableTable:
+    """A table in the making.
+
+    Args:
+        path: Of the table: `.tsv` (tab-separated, with a header; nothing for a missing value) or `.parquet`.
+        columns: Names, and str, int or float; any value may be missing (None).
+        origin: What the rows depend on, in values of JSON.
+
+    Attributes:
+        done: Parts that an earlier run has finished.
+
+    Raises:
+        ImportError: Parquet without pyarrow.
+        ValueError: Another ending, a table that exists already, a folder of parts that is not ours, or parts that were
+            made from something else.
+    """
+
+    def __init__(self, path: str | Path, columns: Mapping[str, type], origin: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        check_output(self.path)
+        self.columns = dict(columns)
+        self._format = _format(self.path)
+        self._folder = self.path.with_name(f"{self.path.name}.parts")
+        self._claim(json.loads(json.dumps({"columns": list(columns), **origin})))
+        self.done = 0
+        while self._part(self.done).exists():
+            self.done += 1
+        self._count = self.done
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Write the next part; it is there whole or not at all."""
+        target = self._part(self._count)
+        unfinished = target.with_name(f"{target.name}.unfinished")
+        self._format.write(unfinished, self.columns, iter([list(rows)]))
+        unfinished.replace(target)
+        self._count += 1
+
+    def publish(self) -> None:
+        """Join the parts into the table."""
+        parts = [self._part(number) for number in range(self._count)]
+        unfinished = self._folder / "whole.unfinished"
+        self._format.write(unfinished, self.columns, (list(self._format.read(part, self.columns)) for part in parts))
+        check_output(self.path)  # nobody else has written it meanwhile
+        unfinished.replace(self.path)
+        shutil.rmtree(self._folder)
+
+    def _part(self, number: int) -> Path:
+        return self._folder / f"part-{number:06d}{self.path.suffix}"
+
+    def _claim(self, origin: dict[str, Any]) -> None:
+        manifest = self._folder / _MANIFEST
+        if manifest.exists():
+            before = json.loads(manifest.read_text(encoding="utf-8"))
+            if changed := sorted(key for key in {*before, *origin} if before.get(key) != origin.get(key)):
+                key = changed[0]
+                raise ValueError(
+                    f"{self._folder} holds parts of a run with another {', '.join(changed)} ({key}: {before.get(key)} "
+                    f"then, {origin.get(key)} now); repeat that run's command to finish it, or delete the folder"
+                )
+            return
+        if self._folder.exists() and any(self._folder.iterdir()):
+            raise ValueError(f"{self._folder} exists and holds no manifest of ours; move it away")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self._folder.with_name(f"{self._folder.name}.manifest")
+        unfinished.write_text(json.dumps(origin, indent=1), encoding="utf-8")
+        unfinished.replace(manifest)
+
+
+def write_in_parts(
+    open_table: Callable[[], ResumableTable], batches: Iterable[list[Item]], rows: Callable[[list[Item]], list[Row]]
+) -> None:
+    """Fill a table, part by part, without what an earlier run has done.
+
+    Where several processes share the scoring, the first one writes; all make the same calls.
+
+    Args:
+        open_table: Makes the table.
+        batches: What each part is made from; the same ones in every run.
+        rows: The rows of a part.
+    """
+    rank, world = processes(distributed=True)
+    table: Any = share(lambda: open_table() if rank == 0 else None, world)[0]
+    for number, batch in enumerate(batches):
+        if number < table.done:
+            continue
+        made = rows(batch)
+        if rank == 0:
+            table.append(made)
+    share(lambda: table.publish() if rank == 0 else None, world)
+
+
+def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items, the last one shorter."""
+    items = iter(items)
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+def check_output(path: Path) -> None:
+    """Refuse a path that exists, or has an ending that says no format."""
+    _format(path)
+    if path.exists():
+        raise ValueError(f"{path} exists already and is not overwritten; name another file, or delete it")
+
+
+def read_rows(path: Path, columns: Mapping[str, type]) -> Iterator[Row]:
+    """Rows of a finished table, one after another.
+
+    Raises:
+        ValueError: The file has other columns.
+    """
+    return _format(path).read(path, columns)
+
+
+def fingerprint(model: Any) -> str:
+    """Text that differs between models: of the configuration, and of numbers spread over every tensor."""
+    digest = hashlib.sha256()
+    config = model.config.to_dict()
+    for key in ("_name_or_path", "transformers_version"):
+        config.pop(key, None)
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(flat.numel() // _SAMPLES, 1)].double().cpu().numpy()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def file_digest(path: str | Path) -> str:
+    """Text that differs between files, from all their bytes."""
+    with Path(path).open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+
+
+def _format(path: Path) -> type[_Tsv] | type[_Parquet]:
+    formats = {".tsv": _Tsv, ".parquet": _Parquet}
+    if path.suffix not in formats:
+        raise ValueError(f"{path} ends in {path.suffix!r}, but a table is written as .tsv or .parquet; rename it")
+    return formats[path.suffix]
+
+
+class _Tsv:
+    @staticmethod
+    def write(path: Path, columns: Mapping[str, type], parts: Iterator[list[Row]]) -> None:
+        with path.open("w", encoding="utf-8", newline="") as handle:
+            writer = csv.writer(handle, delimiter="\t", lineterminator="\n")
+            writer.writerow(columns)
+            for rows in parts:
+                writer.writerows(rows)  # float as its repr, which reads back exactly; None as nothing
+
+    @staticmethod
+    def read(path: Path, columns: Mapping[str, type]) -> Iterator[Row]:
+        kinds = list(columns.values())
+        with path.open(encoding="utf-8", newline="") as handle:
+            reader = csv.reader(handle, delimiter="\t")
+            _check_columns(path, next(reader, []), columns)
+            for row in reader:
+                yield tuple(None if text == "" else kind(text) for kind, text in zip(kinds, row, strict=True))
+
+
+class _Parquet:
+    @staticmethod
+    def write(path: Path, columns: Mapping[str, type], parts: Iterator[list[Row]]) -> None:
+        pyarrow, parquet = _pyarrow()
+        kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
+        schema = pyarrow.schema([(name, kinds[kind]) for name, kind in columns.items()])
+        with parquet.ParquetWriter(path, schema) as writer:
+            for rows in parts:
+                values = zip(*rows, strict=True) if rows else [()] * len(columns)
+                arrays = [pyarrow.array(value, field.type) for value, field in zip(values, schema, strict=True)]
+                writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
+
+    @staticmethod
+    def read(path: Path, columns: Mapping[str, type]) -> Iterator[Row]:
+        _, parquet = _pyarrow()
+        with parquet.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow.names, columns)
+            for batch in file.iter_batches():
+                yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError("Parquet needs pyarrow: pip install 'hyena-hf[genomes]', or write .tsv") from error
+    return pyarrow, pyarrow.parquet
+
+
+def _check_columns(path: Path, found: Iterable[str], columns: Mapping[str, type]) -> None:
+    if list(found) != list(columns):
+        raise ValueError(f"{path} has the columns {', '.join(found)}; expected {', '.join(columns)}")
