@@ -4,6 +4,7 @@ Names and shapes are those of HazyResearch/m2 (`bert/src`); what is computed fro
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -142,11 +143,18 @@ def write_state(changes: dict, seed: int = 0) -> tuple[dict, dict[str, torch.Ten
     return raw, Writer(raw, seed).state()
 
 
-def write_checkpoint(folder: Path, raw: dict, state: dict[str, torch.Tensor], head: str) -> Path:
-    """Write a folder with one head, `"cls."` or `"bert.pooler."`, as its publishers did."""
+def write_checkpoint(
+    folder: Path,
+    raw: dict,
+    state: dict[str, torch.Tensor],
+    head: str,
+    change: Callable[[dict], dict] | None = None,
+) -> Path:
+    """Write a folder with one head, `"cls."` or `"bert.pooler."`, as its publishers did, or changed."""
     other = {"cls.": "bert.pooler.", "bert.pooler.": "cls."}[head]
     (folder / "config.json").write_text(json.dumps(raw))
-    torch.save({key: tensor for key, tensor in state.items() if not key.startswith(other)}, folder / "pytorch_model.bin")
+    kept = {key: tensor for key, tensor in state.items() if not key.startswith(other)}
+    torch.save(kept if change is None else change(kept), folder / "pytorch_model.bin")
     return folder
 
 

@@ -73,6 +73,7 @@ _PROJECTIONS = {
     "attention.short_filter.bias": "mixer.short_conv.bias",
 }
 _FIRST = "encoder.layer.0."
+_LINEAR = re.compile(r"encoder\.layer\.0\.attention\.filter_fn\.implicit_filter\.\d+\.weight")
 
 
 def canonical_name(published: str) -> str | None:
@@ -172,7 +173,7 @@ def _config(source: Source, reader: Reader) -> HyenaConfig:
         is_causal=False,
         filter_hidden_size=hidden,
         filter_num_bands=(features - 1) // 2,
-        filter_num_layers=len(_linears(reader, f"{_FIRST}attention.filter_fn.implicit_filter.")),
+        filter_num_layers=sum(bool(_LINEAR.fullmatch(name)) for name in reader.names()),
         trainable_positional_features=True,
         sine_frequency=raw.get("hyena_w", 10) * raw.get("hyena_w_mod", 1),
         short_conv_kernel=reader.shape(f"{_FIRST}attention.short_filter.weight")[2],
@@ -261,16 +262,6 @@ def _mlp_weights(reader: Reader, config: HyenaConfig, theirs: str, ours: str) ->
     return found
 
 
-def _linears(reader: Reader, prefix: str) -> list[str]:
-    """Names of the linear layers of a net, without `.weight`, in order."""
-    places = sorted(
-        int(found.group(1))
-        for found in (re.fullmatch(rf"{re.escape(prefix)}(\d+)\.weight", name) for name in reader.names())
-        if found
-    )
-    return [f"{prefix}{place}" for place in places]
-
-
 def _filter_tensors(reader: Reader, config: HyenaConfig, theirs: str, ours: str) -> dict[str, Read]:
     """Tensors of one long convolution: its skip and its filter."""
     found = {
@@ -280,11 +271,12 @@ def _filter_tensors(reader: Reader, config: HyenaConfig, theirs: str, ours: str)
         f"{ours}filter.frequency": _frequency(reader, theirs),
     }
     for net, kind in (("implicit_filter.", ""), ("implicit_filter_rev.", "reverse_")):
-        *layers, output = _linears(reader, f"{theirs}{net}") or [f"{theirs}{net}0"]
-        for index, layer in enumerate(layers):
+        last = config.filter_num_layers - 1  # a sine stands behind every other
+        for index in range(last):
             for part in ("weight", "bias"):
-                found[f"{ours}filter.{kind}layers.{index}.{part}"] = reader.lazily(f"{layer}.{part}")
-        found[f"{ours}filter.{kind}output.weight"] = reader.lazily(f"{output}.weight")
+                layer = f"{ours}filter.{kind}layers.{index}.{part}"
+                found[layer] = reader.lazily(f"{theirs}{net}{2 * index}.{part}")
+        found[f"{ours}filter.{kind}output.weight"] = reader.lazily(f"{theirs}{net}{2 * last}.weight")
     _check_times(reader, f"{theirs}pos_emb.t", config.max_position_embeddings)
     return found
 
