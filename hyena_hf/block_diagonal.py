@@ -31,9 +31,9 @@ class BlockDiagonalLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs (..., outputs) of inputs (..., inputs)."""
-        blocks = self.weight.shape[0]
-        parts = x.reshape(-1, blocks, self.weight.shape[2]).transpose(0, 1)
-        y = torch.bmm(parts, self.weight.mT).transpose(0, 1).reshape(*x.shape[:-1], -1)
+        blocks, outputs, inputs = self.weight.shape
+        parts = x.reshape(-1, blocks, inputs).transpose(0, 1)
+        y = torch.bmm(parts, self.weight.mT).transpose(0, 1).reshape(*x.shape[:-1], blocks * outputs)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
