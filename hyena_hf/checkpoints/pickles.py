@@ -3,12 +3,13 @@
 
 torch's own restricted unpickler does the reading (`weights_only=True`), memory-mapped where the file allows it. Files
 of Lightning hold settings beside the weights as pickled objects of OmegaConf and others, and those of Evo 2 byte
-buffers of Transformer Engine. Such objects become empty placeholders of ours, which keep nothing and call nothing; the classes
-that they name are never imported. A file that names anything else (a function of `os`, say) is refused.
+buffers of Transformer Engine. Such objects become empty placeholders of ours, which keep nothing and call nothing; the
+classes that they name are never imported. A file that names anything else (a function of `os`, say) is refused.
 """
 
 import io
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,34 +129,40 @@ def _first_line(error: BaseException) -> str:
 
 
 def _load(paths: list[Path], name: str) -> Any:
-    whole = len(paths) == 1
-    zipped = whole and torch.serialization._is_zipfile(paths[0].open("rb")) if whole else True
-    placeholders: list[Any] = []
-    if zipped:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(_opened(paths))
-        placeholders = [(_placeholder(full), full) for full in _checked(foreign, name)]
-    with torch.serialization.safe_globals(placeholders):
-        try:
-            mapped: Any = {"mmap": True} if whole and zipped else {}
-            return torch.load(  # noqa: TID251 (the one place that reads foreign files: tensors only)
-                paths[0] if whole else _opened(paths), map_location="cpu", weights_only=True, **mapped
-            )
-        except Exception as error:
-            found = re.search(r"GLOBAL\s+([\w.]+)", str(error))
-            if found is None or "nsupported" not in str(error):
-                raise
-            _checked([found.group(1)], name)
-            raise ValueError(
-                f"{name} is in torch's form of before 2020 and holds objects besides tensors ({found.group(1)}); save "
-                f"its state dict again with a current torch"
-            ) from error
+    with _opened(paths) as file:
+        zipped = zipfile.is_zipfile(file)
+        file.seek(0)
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file) if zipped else []
+        file.seek(0)
+        placeholders: list[Any] = [(_placeholder(full), full) for full in _checked(foreign, name)]
+        mapped: Any = {"mmap": True} if zipped and len(paths) == 1 else {}
+        with torch.serialization.safe_globals(placeholders):
+            try:
+                return torch.load(  # noqa: TID251 (the one place that reads foreign files: tensors only)
+                    paths[0] if mapped else file, map_location="cpu", weights_only=True, **mapped
+                )
+            except Exception as error:
+                found = re.search(r"GLOBAL\s+([\w.]+)", str(error))
+                if found is None or "nsupported" not in str(error):
+                    raise
+                _checked([found.group(1)], name)
+                raise ValueError(
+                    f"{name} is in torch's form of before 2020 and holds objects besides tensors ({found.group(1)}); "
+                    f"save its state dict again with a current torch"
+                ) from error
 
 
 def _opened(paths: list[Path]) -> Any:
-    return paths[0] if len(paths) == 1 else io.BufferedReader(JoinedParts(paths))
+    return paths[0].open("rb") if len(paths) == 1 else io.BufferedReader(JoinedParts(paths))
 
 
-def _placeholder(full: str) -> type:
+def _empty(*args: Any) -> dict:  # noqa: ARG001 (swallowed on purpose)
+    return {}
+
+
+def _placeholder(full: str) -> Any:
+    if full == "collections.defaultdict":
+        return _empty  # torch sets items of plain dictionaries only
     return type(full.rpartition(".")[2], (Placeholder,), {})
 
 

@@ -50,8 +50,6 @@ _EVO2: dict[str, tuple[int, float, float, bool]] = {
 }
 _MLP = {"l1": "gate", "l2": "up", "l3": "down"}
 
-_EVO2_ATTENTION_HEAD = 128  # of every published one
-
 # Kept beside the weights: state of FP8 kernels, tables that are computed.
 _BESIDES = re.compile(r"(\._extra_state|\.filter\.t)$|fftconv|twiddle_factors|^blocks\.\d+\.mixer\.")
 
@@ -145,10 +143,11 @@ def _completed_evo2(source: Source, reader: Reader, raw: dict[str, Any], warning
             "rotary_emb_base": base,
             "rotary_emb_scaling_factor": factor,
             "use_interpolated_rotary_pos_emb": factor != 1,
-            "num_attention_heads": width // _EVO2_ATTENTION_HEAD,
+            "num_attention_heads": width // (2 * _first(reader, ".rotary_emb.inv_freq")[0]),
             "evo2_style_activations": True,
             "interleave": True,
             "column_split_hyena": False,
+            **raw,
         }
     if fp8:
         warnings.append(

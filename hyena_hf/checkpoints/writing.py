@@ -33,8 +33,8 @@ def convert_checkpoint(
 ) -> Conversion:
     """Write a folder that AutoModel loads: safetensors, config, tokenizer, generation config, model card.
 
-    Memory: twice a shard of at most 1 GB, and one tensor of the source. A conversion that was killed leaves no folder that
-    looks whole; started again, it begins anew.
+    Memory: twice a shard of at most 1 GB, and one tensor of the source. A conversion that was killed leaves no folder
+    that looks whole; started again, it begins anew.
 
     Args:
         path_or_repo: As in `load_checkpoint`.

@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
         "--max-n", type=float, default=0.1, help="share of N above which a window is noted (default 0.1)"
     )
     parser.add_argument(
-        "--annotate", type=Path, metavar="VCF", help="new .vcf, .vcf.gz or .bcf with the ratios as HYENA_LLR in INFO"
+        "--annotate", type=Path, metavar="VCF", help="new .vcf or .vcf.gz with the ratios as HYENA_LLR in INFO"
     )
     parser.set_defaults(run=run)
 

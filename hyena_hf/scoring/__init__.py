@@ -4,6 +4,7 @@
 from .complement import reverse_complement
 from .embedding import embed
 from .likelihood import score
+from .sequences import read_sequences
 
 
-__all__ = ["embed", "reverse_complement", "score"]
+__all__ = ["embed", "read_sequences", "reverse_complement", "score"]

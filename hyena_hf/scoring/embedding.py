@@ -78,6 +78,11 @@ class Embedder(Task[Pool]):
         # in causal models nothing sees what stands behind a sequence
         self.ends = special_tokens or not self.forward.in_chunks
 
+    def options(self) -> dict[str, Any]:
+        """What decides on results, beside the model and its tokenizer."""
+        own = {"layer": self.layer, "pooling": self.pooling, "special tokens": self.special_tokens}
+        return {**super().options(), **own}
+
     def of_batch(self, ids: Tensor, mask: Tensor | None, batch: list[Piece]) -> list[Pool]:
         """Parts of rows padded on the right."""
         states = self.forward.hidden(ids, mask, None, self.layer)

@@ -57,7 +57,7 @@ class Encoder:
         prefix, self.suffix = special_tokens(tokenizer)
         self.prefix = prefix if bos == "auto" else _leading(tokenizer, bos)
         pad: Any = tokenizer.pad_token_id
-        self.pad = 0 if pad is None else pad  # masked, so any token serves
+        self.pad = 0 if pad is None else pad
         self._sliced = _one_token_a_character(tokenizer)
 
     def __call__(self, text: str) -> np.ndarray:

@@ -33,7 +33,7 @@ class Forward:
         limit: Most tokens of a row; None: any number.
         in_chunks: Whether a row can run in chunks: whether the model is causal.
         num_layers: Blocks.
-        width: Channels of hidden states.
+        vocabulary: Tokens that the model knows.
     """
 
     def __init__(self, model: Any) -> None:
@@ -47,8 +47,8 @@ class Forward:
         self.in_chunks = bool(config.is_causal) if self.is_hyena else inner.can_generate()
         self.limit: int | None = _limit(config, self.is_hyena)
         self.num_layers: int = config.num_hidden_layers
-        self.width: int = config.hidden_size
         embeddings: Any = inner.get_input_embeddings()
+        self.vocabulary: int = embeddings.weight.shape[0]
         self.device: torch.device = embeddings.weight.device
 
     @contextmanager
@@ -108,7 +108,7 @@ class Forward:
         if isinstance(self.model, HyenaForCausalLM):
             return self.hidden(ids, mask, cache, self.num_layers)
         options = {} if cache is None else {"past_key_values": cache}
-        return self.model(ids, attention_mask=mask, use_cache=cache is not None, **options).logits
+        return self.model(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **options).logits
 
     def _chosen(self, features: Tensor, following: Tensor) -> Tensor:
         """Log-probabilities of tokens, never holding all logits in float64."""
@@ -131,14 +131,16 @@ class Forward:
         if self.in_chunks:
             options["use_cache"] = cache is not None
         if layer == self.num_layers:
-            return self.base(ids, attention_mask=mask, **options).last_hidden_state
+            return self.base(input_ids=ids, attention_mask=mask, **options).last_hidden_state
         if not self.is_hyena:
-            return self.base(ids, attention_mask=mask, output_hidden_states=True, **options).hidden_states[layer]
+            return self.base(input_ids=ids, attention_mask=mask, output_hidden_states=True, **options).hidden_states[
+                layer
+            ]
         caught: list[Tensor] = []
         # one layer's, not all of them; the input of a block is the output of the one before
         hook = self.base.layers[layer].register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0]))
         try:
-            self.base(ids, attention_mask=mask, **options)
+            self.base(input_ids=ids, attention_mask=mask, **options)
         finally:
             hook.remove()
         return caught[0]

@@ -59,6 +59,8 @@ class Task(ABC, Generic[Part]):
         self.long = long
         self.strands = (0, 1) if reverse_complement else (0,)
         self.runner = Runner(batch_size, chunk_length if self.forward.in_chunks else None, self.forward.device)
+        # masked, so any token serves
+        self.padding = self.encoder.pad if self.encoder.pad < self.forward.vocabulary else 0
         self.ends = False  # whether the special tokens behind a sequence are wanted
 
     def rows(self, index: int, sequence: str, name: str) -> list[Piece]:
@@ -81,6 +83,11 @@ class Task(ABC, Generic[Part]):
                     f"{name} is {len(ids)} token long and nothing stands before it, too short for this; leave it out, "
                     f"or pass bos='...' to put a token before it"
                 )
+            if int(ids.max()) >= self.forward.vocabulary:
+                raise ValueError(
+                    f"{name} holds token {int(ids.max())}, but the model knows {self.forward.vocabulary}; the "
+                    f"tokenizer ({type(self.encoder.tokenizer).__name__}) is another model's"
+                )
             where = index, strand, name
             pieces += cut(ids, self.encoder, suffix=self.ends, limit=self.forward.limit, long=self.long, where=where)
         return pieces
@@ -95,6 +102,11 @@ class Task(ABC, Generic[Part]):
             for index, parts in found.items()
         }
 
+    def options(self) -> dict[str, Any]:
+        """What decides on results, beside the model and its tokenizer."""
+        before, both = list(self.encoder.prefix), len(self.strands) == 2
+        return {"tokens before a sequence": before, "long": self.long, "reverse complement": both}
+
     @abstractmethod
     def of_batch(self, ids: Tensor, mask: Tensor | None, batch: list[Piece]) -> list[Part]:
         """Parts of rows padded on the right."""
@@ -104,10 +116,10 @@ class Task(ABC, Generic[Part]):
         """The part of one long row."""
 
     def _together(self, batch: list[Piece]) -> list[Part]:
-        return self.of_batch(*pad(batch, self.encoder.pad, self.forward.device), batch)
+        return self.of_batch(*pad(batch, self.padding, self.forward.device), batch)
 
     def _in_chunks(self, piece: Piece, chunk_length: int) -> Part:
-        ids, _ = pad([piece], self.encoder.pad, self.forward.device)
+        ids, _ = pad([piece], self.padding, self.forward.device)
         return self.of_chunks(ids, chunk_length, piece)
 
 

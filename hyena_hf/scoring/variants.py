@@ -206,7 +206,7 @@ def annotate(vcf: str | Path, table: str | Path, output: str | Path) -> None:
     Args:
         vcf: The file that was scored.
         table: What `write_variant_effects` made of it.
-        output: `.vcf`, `.vcf.gz` or `.bcf`; `.` where an allele has no number. Six digits are kept.
+        output: `.vcf`, or `.vcf.gz` (bgzip); `.` where an allele has no number. Seven digits are kept.
 
     Raises:
         ValueError: A table of another file, an output that exists, or a VCF that has `HYENA_LLR` already.

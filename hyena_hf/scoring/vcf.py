@@ -67,16 +67,16 @@ class VariantFile:
         if self.path.stat().st_size == 0:
             raise ValueError(f"{path} is empty; a VCF has a header even where it has no variants")
         with ExitStack() as stack:
-            readable = self.path
+            self._readable = self.path
             if compression(self.path) == "gzip":  # pysam reads only blocked gzip
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hyena-variants-"))
-                readable = unpacked(self.path, Path(folder))
+                self._readable = unpacked(self.path, Path(folder))
             stack.enter_context(quiet(pysam))
             try:
-                self.file: Any = stack.enter_context(pysam.VariantFile(str(readable)))
+                self.file: Any = stack.enter_context(pysam.VariantFile(str(self._readable)))
             except (OSError, ValueError) as error:
                 raise ValueError(f"{path} is no VCF or BCF file: its header cannot be read ({error})") from error
-            self._before = None if self.file.is_bcf else _header_lines(readable)
+            self._before = None if self.file.is_bcf else _header_lines(self._readable)
             self._resources = stack.pop_all()
 
     def __enter__(self) -> VariantFile:
@@ -106,6 +106,15 @@ class VariantFile:
                 f"{self.place(number)} cannot be read ({error}); expected CHROM, POS, ID, REF, ALT, QUAL, FILTER, "
                 f"INFO, separated by tabs, and no blank line"
             ) from error
+
+    def lines(self) -> Iterator[str]:
+        """The text of the file, line by line; of BCF, the text it stands for."""
+        if self.file.is_bcf:
+            yield from str(self.file.header).splitlines()
+            yield from (str(record).rstrip("\n") for _, record in self.records())
+            return
+        with lines_of(self._readable) as lines:
+            yield from (line.decode("utf-8", "surrogateescape").rstrip("\r\n") for line in lines)
 
 
 def read_variants(path: str | Path, reference: Reference) -> Iterator[Variant]:
@@ -164,9 +173,12 @@ def _shown(bases: str) -> str:
 
 
 INFO = "HYENA_LLR"
-_INFO_TEXT = "Log-likelihood ratio of ALT against REF under a Hyena model (natural logarithm)"
+_INFO_LINE = (
+    f'##INFO=<ID={INFO},Number=A,Type=Float,Description="Log-likelihood ratio of ALT against REF under a Hyena model '
+    f'(natural logarithm)">'
+)
+_ENDINGS = (".vcf", ".vcf.gz")
 Effect = tuple[str, int, str, float | None]  # contig, position, ALT, log-ratio
-_MODES = {".vcf": "w", ".gz": "wz", ".bcf": "wb"}
 
 
 def check_annotation(vcf: str | Path, output: str | Path) -> None:
@@ -176,8 +188,8 @@ def check_annotation(vcf: str | Path, output: str | Path) -> None:
         ValueError: It exists already, its ending says no format, or the input has the field already.
     """
     output = Path(output)
-    if output.suffix not in _MODES or (output.suffix == ".gz" and not output.name.endswith(".vcf.gz")):
-        raise ValueError(f"{output}: an annotated file ends in .vcf, .vcf.gz or .bcf; rename it")
+    if not output.name.endswith(_ENDINGS):
+        raise ValueError(f"{output}: an annotated file ends in {' or '.join(_ENDINGS)}; rename it")
     if output.exists():
         raise ValueError(f"{output} exists already and is not overwritten; name another file, or delete it")
     with VariantFile(vcf) as file:
@@ -188,38 +200,45 @@ def check_annotation(vcf: str | Path, output: str | Path) -> None:
 def annotate_vcf(vcf: str | Path, effects: Iterator[Effect], output: str | Path) -> None:
     """Write a VCF again, with `HYENA_LLR` in INFO: one number for each ALT, `.` where there is none.
 
+    Lines are copied as they are but for that field: htslib would write END, headers and numbers anew, and stops the
+    process at a contig that the header lacks.
+
     Args:
         vcf: The file that was scored.
         effects: Contig, position (1-based), ALT (`.` where the record has none) and log-ratio of every allele, in the
             order of the file.
-        output: `.vcf`, `.vcf.gz` or `.bcf`. Numbers in BCF are float32, in text they have six digits.
+        output: `.vcf`, or `.vcf.gz` (bgzip). Numbers have seven digits.
 
     Raises:
         ValueError: As `check_annotation`; or effects of another file.
     """
     output = Path(output)
     check_annotation(vcf, output)
-    pysam = pysam_module()
-    with VariantFile(vcf) as file:  # htslib adds what the header lacks while it reads: contigs, filters, fields
-        for _ in file.records():
-            pass
-        header = file.file.header.copy()
-    header.add_meta("INFO", items=[("ID", INFO), ("Number", "A"), ("Type", "Float"), ("Description", _INFO_TEXT)])
     unfinished = output.with_name(f"{output.name}.unfinished")
-    with VariantFile(vcf) as file, pysam.VariantFile(str(unfinished), _MODES[output.suffix], header=header) as target:
-        for place, record in file.records():
-            values = [_matching(effects, record, alt, place) for alt in record.alts or (".",)]
-            record.translate(header)
-            if record.alts and any(value is not None for value in values):
-                record.info[INFO] = values
-            target.write(record)
+    opened: Any = pysam_module().BGZFile(str(unfinished), "wb") if output.suffix == ".gz" else unfinished.open("wb")
+    with VariantFile(vcf) as file, opened as target:
+        for number, line in enumerate(file.lines(), 1):
+            if line.startswith("#CHROM"):
+                target.write(f"{_INFO_LINE}\n".encode())
+            elif not line.startswith("#"):
+                line = _annotated(line, effects, f"line {number} of {vcf}")
+            target.write(f"{line}\n".encode("utf-8", "surrogateescape"))
+        if (effect := next(effects, None)) is not None:
+            raise ValueError(f"{vcf} has ended, but scores go on with {effect[0]}:{effect[1]} {effect[2]}")
     unfinished.replace(output)
 
 
-def _matching(
-    effects: Iterator[tuple[str, int, str, float | None]], record: Any, alt: str, place: str
-) -> float | None:
-    chrom, pos, scored, value = next(effects, ("nothing", 0, "", None))
-    if (chrom, pos, scored.upper()) != (record.chrom, record.pos, alt.upper()):
-        raise ValueError(f"{place} is {record.chrom}:{record.pos} {alt}, but scores go on with {chrom}:{pos} {scored}")
-    return value
+def _annotated(line: str, effects: Iterator[Effect], place: str) -> str:
+    fields = line.split("\t")
+    chrom, pos, _, _, alts, *_, info = fields[:8]
+    values = []
+    for alt in alts.split(","):
+        effect = next(effects, ("nothing", 0, "", None))
+        if (effect[0], effect[1], effect[2].upper()) != (chrom, int(pos), alt.upper()):
+            scored = " ".join(map(str, effect[:3]))
+            raise ValueError(f"{place} is {chrom} {pos} {alt}, but scores go on with {scored}; score this file")
+        values.append("." if effect[3] is None else f"{effect[3]:.7g}")
+    if alts != ".":
+        added = f"{INFO}={','.join(values)}"
+        fields[7] = added if info == "." else f"{info};{added}"
+    return "\t".join(fields)

@@ -6,6 +6,7 @@ they run in processes of their own.
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,10 +29,12 @@ def references() -> Path:
     """Folder with the published packages, each as its index has it."""
     folder = CACHE / "_".join(REFERENCES)
     if not folder.exists():
-        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(folder), *REFERENCES]
+        partial = CACHE / f"partial-{os.getpid()}"
+        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(partial), *REFERENCES]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.fail(f"parity tests need {', '.join(REFERENCES)}; pip could not bring them\n{done.stderr}")
+        partial.rename(folder)
     return folder
 
 

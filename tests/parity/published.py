@@ -196,15 +196,6 @@ class Case:
     residues: float = 1.0
 
 
-def only_attention(config: dict) -> dict:
-    """The config with attention in all layers, where the references cast no activation."""
-    layers = list(range(config["num_layers"]))
-    empty = {
-        key: [] for key in ("hyena_layer_idxs", "hcl_layer_idxs", "hcm_layer_idxs", "hcs_layer_idxs") if key in config
-    }
-    return {**config, **empty, "attn_layer_idxs": layers}
-
-
 PUBLISHED = {
     "sh_7b_shards": Case("stripedhyena", SH_7B, form="shards"),
     "sh_7b_plain_norm": Case("stripedhyena", {**SH_7B, "use_flash_rmsnorm": False}),

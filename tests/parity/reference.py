@@ -60,9 +60,16 @@ def weights_like(name: str, shape: torch.Size, draw: torch.Generator) -> Tensor:
         return 1 + 0.3 * values
     if name.endswith("residues"):
         return values / (4 * shape[1] ** 0.5)
-    factors = {".D": 0.3, "bias": 0.3, "filter.h": shape[-1] ** -0.5, "short_filter_weight": 0.6, "embed": 0.4}
-    known = (factor for part, factor in factors.items() if name.endswith(part) or (part == "embed" and part in name))
-    return values * next(known, 0.7 * shape[-1] ** -0.5)
+    width = shape[-1] ** -0.5
+    factors = {
+        ".D": 0.3,
+        "bias": 0.3,
+        "filter.h": width,
+        "short_filter_weight": 0.6,
+        "projections.weight": 0.5 * width,
+    }
+    factors |= {"embedding_layer.weight": 0.4, "unembed.weight": 0.4}
+    return values * next((factor for part, factor in factors.items() if name.endswith(part)), 0.7 * width)
 
 
 def randomise(model: Any, residues: float) -> None:
