@@ -584,7 +584,7 @@ def test_a_copied_and_a_pickled_model_compute_the_same(name):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does
-@pytest.mark.parametrize("name", ["order 3", "hybrid"])
+@pytest.mark.parametrize("name", ["order 3", "hybrid", "monarch mixer"])
 def test_a_bidirectional_model_compiles_to_one_graph(name):
     torch.compiler.reset()
     model, ids = model_of(name, torch.float32), tokens(2, 24)
@@ -592,7 +592,7 @@ def test_a_bidirectional_model_compiles_to_one_graph(name):
     torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["order 3", "explicit", "hybrid"])
+@pytest.mark.parametrize("name", ["order 3", "explicit", "hybrid", "monarch mixer"])
 def test_a_bidirectional_model_exports_with_any_batch_and_length(name):
     model = model_of(name, torch.float32)
     sizes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=250)}

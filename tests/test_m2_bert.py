@@ -19,6 +19,7 @@ from hyena_hf import HyenaConfig, HyenaForMaskedLM, HyenaForTextEncoding
 from hyena_hf.checkpoints import convert_checkpoint, detect_layout, load_checkpoint
 from hyena_hf.checkpoints.files import Source, Tensors
 from hyena_hf.checkpoints.m2_bert import read
+from hyena_hf.filters import ImplicitFilter
 from hyena_hf.mixers import HyenaMixer
 from tests import golden_reader
 from tests.m2_bert import LENGTH, RAW, VARIANTS, oracle, write_checkpoint, write_state
@@ -208,6 +209,18 @@ def test_positions_count_the_tokens_of_a_text_wherever_it_stands(model_of):
     counted = (mask.cumsum(1) - 1).masked_fill(mask == 0, -7)
     got, truth = (output(model, ids, types, attention_mask=mask, position_ids=p) for p in (counted, None))
     assert torch.equal(got[mask.bool()], truth[mask.bool()])
+
+
+def test_frozen_filters_change_nothing_and_are_evaluated_once_residual_ones_too(model_of, monkeypatch):
+    model, (ids, types) = model_of("published", "cls."), batch(2, 9)
+    truth, calls = output(model, ids, types), []
+    evaluate = ImplicitFilter.taps
+    monkeypatch.setattr(ImplicitFilter, "taps", lambda self, *args: calls.append(self) or evaluate(self, *args))
+    with model.frozen_filters():
+        for _ in range(3):
+            assert torch.equal(output(model, ids, types), truth)
+    assert len(calls) == 2 * 2 * RAW["num_hidden_layers"]  # both filters, both directions
+    assert len(set(map(id, calls))) == 2 * RAW["num_hidden_layers"]
 
 
 # layouts
