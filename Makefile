@@ -54,7 +54,7 @@ bench: $(ENV)  ## every benchmarks/bench_*.py; results go to benchmarks/results
 $(ENV): pyproject.toml constraints.txt
 	$(call new_venv,.venv)
 	$(PY) -m pip install -c constraints.txt torch uv
-	$(PY) -m uv pip install --python $(PY) -c constraints.txt -e '.[train,eval,dev]'
+	$(PY) -m uv pip install --python $(PY) -c constraints.txt -e '.[train,genomes,eval,dev]'
 	@touch $@
 
 $(ENV_MIN): pyproject.toml constraints-min.txt

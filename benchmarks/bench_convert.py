@@ -91,9 +91,9 @@ def write_checkpoint(folder: Path, size: dict[str, int]) -> int:
     (folder / "config.json").write_text(json.dumps(config))
     noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).mul_(0.02)
     count, index = 0, {}
-    per_shard = -(-size["num_layers"] // SHARDS)
+    bounds = [size["num_layers"] * shard // SHARDS for shard in range(SHARDS + 1)]
     for shard in range(SHARDS):
-        layers = range(shard * per_shard, min((shard + 1) * per_shard, size["num_layers"]))
+        layers = range(bounds[shard], bounds[shard + 1])
         shapes = dict(published_shapes(config, layers))
         if shard == 0:
             shapes["backbone.embedding_layer.weight"] = (512, size["hidden_size"])

@@ -424,8 +424,10 @@ def test_a_conversion_in_shards_is_the_conversion_in_one_file(tmp_path, monkeypa
 PUBLISHED_COUNTS = {  # layers, width, MLP, order, features, vocabulary, published millions
     "hyenadna-tiny-1k-seqlen": ((2, 128, 512, 2, 5, 16), 0.436),
     "hyenadna-tiny-1k-seqlen-d256": ((2, 256, 1024, 2, 5, 16), 1.641),
+    "hyenadna-tiny-16k-seqlen-d128": ((2, 128, 512, 2, 5, 16), 0.436),
     "hyenadna-small-32k-seqlen": ((4, 256, 1024, 2, 5, 16), 3.278),
     "hyenadna-medium-160k-seqlen": ((8, 256, 1024, 2, 5, 16), 6.551),
+    "hyenadna-medium-450k-seqlen": ((8, 256, 1024, 2, 5, 16), 6.551),
     "hyenadna-large-1m-seqlen": ((8, 256, 1024, 2, 5, 16), 6.551),
     "hyena-small-150b-tok": ((18, 864, 1728, 2, 33, 50264), 152.5),
     "125M, order 2": ((12, 768, 3072, 2, 33, 50264), 124.5),

@@ -51,6 +51,11 @@ def test_the_example_of_distillation_runs_as_it_stands(capsys):
     assert "calibration tokens: KL" in capsys.readouterr().out
 
 
+def test_the_example_of_scores_runs_as_it_stands(capsys):
+    run_example("Published weights, scores, embeddings")
+    assert "(3, 32)" in capsys.readouterr().out
+
+
 def test_the_example_of_long_inputs_runs_as_it_stands(capsys):
     run_example("Long inputs and other runtimes")
     assert capsys.readouterr().out.count("torch.Size") == 3

@@ -88,7 +88,7 @@ PACKED = gzip.compress(b">a\n" + bytes(range(65, 85)) * 5000)
         ("x.csv", "", "is empty"),
         ("x.csv", "sequence,a\nACGT,1\n,2\n", "record 2 of .* has no letters"),
         ("x.csv", "dna\nACGT\n", "no column 'sequence' but dna"),
-        ("x.csv", "sequence\n1\n", "holds int, not text"),
+        ("x.jsonl", '{"sequence": 1}\n', "holds int, not text"),
         ("x.jsonl", "{half\n", "cannot be read as a table"),
         ("x.parquet", "PAR1", "cannot be read as a table"),
     ],

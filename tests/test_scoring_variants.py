@@ -6,9 +6,7 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
-import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import astuple
@@ -517,15 +515,19 @@ def test_a_table_of_an_unknown_format_is_refused(model, tokenizer, tmp_path, fas
         written(model, tokenizer, tmp_path, fasta, "out.csv")
 
 
-def run_in_a_child(work):
-    """Exit code of a copy of this process that does some work; negative: the signal that killed it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(99)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def run_in_children(*works):
+    """Exit codes of copies of this process, each with its work: 0, or minus the signal that killed it."""
+    children = []
+    for work in works:
+        children.append(os.fork())
+        if children[-1] == 0:
+            code = 99
+            try:
+                work()
+                code = 0
+            finally:
+                os._exit(code)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # newer Pythons: it has threads and forks
@@ -535,19 +537,33 @@ def test_a_run_that_was_killed_goes_on_where_it_was(model, tokenizer, tmp_path, 
 
     def die_in_part_two(self, rows):
         if self._count == 2:
-            self._part(2).with_name("part-000002.tsv.unfinished").write_text("chrom\tpo")
+            self._part(2).with_name(".part-000002.tsv.7.unfinished").write_text("chrom\tpo")
             os.kill(os.getpid(), signal.SIGKILL)
         append(self, rows)
 
     with monkeypatch.context() as patch:
         patch.setattr(tables.ResumableTable, "append", die_in_part_two)
-        killed = run_in_a_child(lambda: written(model, tokenizer, tmp_path, fasta, "out.tsv"))
-    assert killed == -signal.SIGKILL
+        killed = run_in_children(lambda: written(model, tokenizer, tmp_path, fasta, "out.tsv"))
+    assert killed == [-signal.SIGKILL]
     assert not (tmp_path / "out.tsv").exists()
     monkeypatch.setattr(windows, "score", lambda *given, **options: calls.append(1) or score(*given, **options))
     assert written(model, tokenizer, tmp_path, fasta, "out.tsv") == whole
     assert len(calls) == 5 - 2  # 25 records in parts of 5, two of which were there
     assert not (tmp_path / "out.tsv.parts").exists()
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_two_processes_write_the_table_of_one(model, tokenizer, tmp_path, fasta):
+    whole = written(model, tokenizer, tmp_path, fasta, "whole.tsv")
+
+    def work(rank):
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meet", rank=rank, world_size=2)
+        written(model, tokenizer, tmp_path, fasta, "out.tsv")
+        torch.distributed.destroy_process_group()
+
+    assert run_in_children(lambda: work(0), lambda: work(1)) == [0, 0]
+    for row, alone in zip(tables.read_rows(tmp_path / "out.tsv", COLUMNS), whole, strict=True):
+        assert row == pytest.approx(astuple(alone), abs=1e-9)
 
 
 def interrupted(model, tokenizer, tmp_path, fasta, monkeypatch):
@@ -572,14 +588,14 @@ CHANGES = {
 @pytest.mark.parametrize(("key", "change"), CHANGES.items(), ids=CHANGES)
 def test_parts_of_a_run_with_other_options_are_refused(model, tokenizer, tmp_path, fasta, monkeypatch, key, change):
     interrupted(model, tokenizer, tmp_path, fasta, monkeypatch)
-    with pytest.raises(ValueError, match=rf"parts of a run with another {key} \({key}: .* then, .* now\)"):
+    with pytest.raises(ValueError, match=rf"was begun with another {key}: .* there, .* now.* name another table"):
         written(model, tokenizer, tmp_path, fasta, "out.tsv", **change)
 
 
 def test_parts_of_another_model_are_refused(model, tokenizer, tmp_path, fasta, monkeypatch):
     interrupted(model, tokenizer, tmp_path, fasta, monkeypatch)
     changed = new_model(dtype=torch.float64, seed=1, **SMALL)
-    with pytest.raises(ValueError, match="parts of a run with another model"):
+    with pytest.raises(ValueError, match="was begun with another model"):
         written(changed, tokenizer, tmp_path, fasta, "out.tsv")
 
 
@@ -591,13 +607,13 @@ def test_the_size_of_batches_may_change_when_a_run_goes_on(model, tokenizer, tmp
 def test_a_folder_of_parts_that_is_not_ours_is_left_alone(model, tokenizer, tmp_path, fasta):
     (tmp_path / "out.tsv.parts").mkdir()
     (tmp_path / "out.tsv.parts" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds no manifest of ours; move it away"):
+    with pytest.raises(ValueError, match=r"is not empty \(it holds notes.txt\)"):
         written(model, tokenizer, tmp_path, fasta, "out.tsv")
 
 
 def test_a_manifest_says_what_parts_were_made_from(model, tokenizer, tmp_path, fasta, monkeypatch):
     folder = interrupted(model, tokenizer, tmp_path, fasta, monkeypatch)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "_manifest.json").read_text())["job"]
     assert manifest["window"] == WINDOW
     assert {"model", "tokenizer", "vcf", "reference", "reverse_complement", "max_n_fraction"} < set(manifest)
 
@@ -695,7 +711,7 @@ def test_the_command_writes_a_table_and_an_annotated_vcf(folder, model, tokenize
         (["--batch-size", "many"], "--batch-size many is neither a number nor auto"),
         (["--annotate", "a.txt"], r"a.txt: an annotated file ends in .vcf"),
         (["--max-n", "2"], "max_n_fraction is 2.0"),
-        (["--device", "toaster"], "--device toaster does not work here"),
+        (["--device", "toaster"], "cannot be put on the device toaster"),
     ],
 )
 def test_the_command_refuses_options_before_any_work(folder, tmp_path, fasta, options, message):
@@ -717,9 +733,12 @@ def test_missing_pysam_names_what_to_install(fasta, monkeypatch):
         Reference(fasta)
 
 
-@pytest.mark.skipif(shutil.which("samtools") is None, reason="samtools is not installed")
-def test_regions_are_those_of_samtools(fasta):
-    text = subprocess.run(["samtools", "faidx", fasta, "c1:7-20"], check=True, capture_output=True, text=True).stdout
-    with Reference(fasta) as genome:
-        contig, start, end = parse_region("c1:7-20", genome.contigs)
-        assert genome.fetch(contig, start, end) == "".join(text.split("\n")[1:]).upper()
+def test_the_command_scores_in_another_dtype_where_told(folder, tmp_path, fasta):
+    vcf, ratios = write_vcf(tmp_path / "calls.vcf", MANY[:4]), []
+    for dtype in ("auto", "float32"):
+        arguments = parsed(folder, vcf, fasta, tmp_path / f"{dtype}.tsv", "--device", "cpu", "--dtype", dtype)
+        arguments.run(arguments)
+        rows = tables.read_rows(tmp_path / f"{dtype}.tsv", COLUMNS)
+        ratios.append([VariantEffect(*row).log_ratio for row in rows])
+    assert ratios[0] != ratios[1]
+    assert ratios[0] == pytest.approx(ratios[1], abs=1e-4)

@@ -182,7 +182,7 @@ class FineTuner(HyenaTrainer):
     def __init__(
         self, model: Any, args: TrainingArguments, *, recipe: FineTuneRecipe, batches: StepBatches, **kwargs: Any
     ) -> None:
-        self.recipe, self.batches = recipe, batches
+        self.recipe, self.batches, self._evaluates = recipe, batches, False
         weights = recipe.class_weights
         self.class_weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
         kwargs.setdefault("callbacks", []).append(DataEpochs(batches))
@@ -218,9 +218,17 @@ class FineTuner(HyenaTrainer):
         logits = logits[:, :-1] if self.recipe.task == "lm" else logits
         return weighted_loss(logits, self._targets(labels), self._weights_now(), num_items_in_batch)
 
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate a batch without class weights."""
+        self._evaluates = True
+        try:
+            return super().prediction_step(*args, **kwargs)
+        finally:
+            self._evaluates = False
+
     def _weights_now(self) -> Tensor | None:
-        model: Any = self.model
-        return self.class_weights if model.training else None
+        # not by `model.training`: Trainer divides a step before its first pass turns the model to training
+        return None if self._evaluates else self.class_weights
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """Sum of the weights of all labels of a step, on all devices; Trainer's own counts labels."""

@@ -22,6 +22,9 @@ _REVISIONS = {
     "togethercomputer/evo-1-131k-base": "1.1_fix",
 }
 
+# Bytes of a mapped file that are read before it is opened anew, which gives its pages back.
+_MAPPED_BYTES = 2**29
+
 _WANTED = ["*.json", "*.safetensors", "*.ckpt", "*.pt", "*.pt.part*", "*.bin", "*.yml", "*.yaml", "*.txt", "*.model"]
 _TORCH = (".ckpt", ".pt", ".pth", ".bin")
 _PART = re.compile(r"\.part(\d+)$")
@@ -44,6 +47,7 @@ class Tensors:
     def __post_init__(self) -> None:
         self._open: tuple[Path, Any] | None = None
         self._stack = ExitStack()
+        self._mapped = 0
 
     def names(self) -> list[str]:
         """Published names, in the order of the files."""
@@ -56,11 +60,13 @@ class Tensors:
         if name in self.loaded:
             return self.loaded[name]
         path = self.files[name]
-        if self._open is None or self._open[0] != path:
-            # one file at a time: mapped pages of a file that was closed do not count
+        if self._open is None or self._open[0] != path or self._mapped > _MAPPED_BYTES:
+            # pages of a file that was closed take no memory
             self._stack.close()
-            self._open = path, self._stack.enter_context(_open_safetensors(path))
-        return self._open[1].get_tensor(name)
+            self._open, self._mapped = (path, self._stack.enter_context(_open_safetensors(path))), 0
+        tensor = self._open[1].get_tensor(name)
+        self._mapped += tensor.numel() * tensor.element_size()
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading its numbers."""

@@ -83,7 +83,7 @@ def read(source: Source, layout: str) -> Conversion:
     config = _config(reader, raw, layout)
     conversion = Conversion(layout, config, _tensors(reader, raw, config, warnings), warnings=warnings)
     conversion.dtype = reader.dtype("embedding_layer.weight")
-    conversion.tokenizer = _byte_tokenizer if layout != "stripedhyena" else _stored_tokenizer(source, warnings)
+    conversion.tokenizer = _byte_tokenizer if layout != "stripedhyena" else _stored_tokenizer(source, conversion.notes)
     reader.refuse_leftovers()
     return conversion
 
@@ -96,9 +96,9 @@ def _byte_tokenizer() -> Any:
     return HyenaByteTokenizer(eos_token=end, bos_token=end, pad_token=pad, mask_token=None, add_bos_token=False)
 
 
-def _stored_tokenizer(source: Source, warnings: list[str]) -> Callable[[], Any] | None:
+def _stored_tokenizer(source: Source, notes: list[str]) -> Callable[[], Any] | None:
     if not (source.folder / "tokenizer.json").is_file():
-        warnings.append("The files hold no tokenizer.json; add that of the model to the folder.")
+        notes.append("The published files hold no tokenizer.json; add that of the model to this folder.")
         return None
 
     def load() -> Any:

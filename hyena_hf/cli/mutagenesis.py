@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings = WindowSettings(arguments.window, batch_size_of(arguments), arguments.reverse_complement)
     if arguments.plot is not None:
         check_picture(arguments.plot)
-    model, tokenizer = load(arguments.model, arguments.device)
+    model, tokenizer = load(arguments)
     count = write_mutagenesis(
         model,
         tokenizer,

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
 def add_parser(commands: Any) -> None:
     """Add the command to a parser's subcommands."""
     parser = commands.add_parser(
@@ -44,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if arguments.annotate is not None:
         check_annotation(arguments.vcf, arguments.annotate)
-    model, tokenizer = load(arguments.model, arguments.device)
+    model, tokenizer = load(arguments)
     count = write_variant_effects(
         model,
         tokenizer,
@@ -72,7 +75,10 @@ def add_window_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", default="auto", help="windows in a batch (default auto)")
     parser.add_argument("--reverse-complement", action="store_true", help="mean over both strands; twice the work")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator where there is one)")
+    parser.add_argument("--device", help="such as cpu or cuda:0 (default: the accelerator, if there is one)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=_DTYPES, help="of the weights (default: as they are stored)"
+    )
 
 
 def batch_size_of(arguments: argparse.Namespace) -> int | str:
@@ -87,24 +93,20 @@ def batch_size_of(arguments: argparse.Namespace) -> int | str:
     return value if value == "auto" else int(value)
 
 
-def load(name: str, device: str | None) -> tuple[Any, Any]:
-    """A causal language model in evaluation mode on its device, and its tokenizer.
+def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """A causal language model on its device, and its tokenizer.
 
     Raises:
         ValueError: No such model, or no such device.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    import hyena_hf  # noqa: F401 (registers the model)
+    from .score import load as load_on_device
 
-    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise ValueError(f"{name} is no folder, and no name on the hub (OWNER/NAME); name that of a trained model")
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     try:
-        target = torch.device(device or accelerator or "cpu")
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForCausalLM.from_pretrained(name)
-        return model.eval().to(target), tokenizer
+        return load_on_device(AutoModelForCausalLM, arguments)
     except (RuntimeError, AssertionError) as error:  # what torch raises where there is no such device
-        raise ValueError(f"--device {device} does not work here ({error}); leave it out, or name another") from error
+        raise ValueError(
+            f"the model cannot be put on the device {arguments.device or 'of this machine'} ({error}); name another "
+            f"one by --device"
+        ) from error

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from .batching import progress_bar
+from .manifest import file_fingerprint
 from .reference import Reference, as_model_letters, check_letters, parse_region
-from .tables import ResumableTable, check_output, file_digest, in_batches, read_rows, write_in_parts
+from .tables import ResumableTable, check_output, in_batches, read_rows, write_in_parts
 from .variants import origin_of
 from .windows import WindowScorer, WindowSettings
 
@@ -117,7 +118,10 @@ def write_mutagenesis(
     with Reference(fasta) as genome:
         contig, start, end = parse_region(region, genome.contigs)
         length = genome.length(contig)
-        origin = origin_of(scorer) | {"reference": file_digest(fasta), "region": f"{contig}:{start + 1}-{end}"}
+        origin = origin_of(scorer) | {
+            "reference": file_fingerprint(Path(fasta)),
+            "region": f"{contig}:{start + 1}-{end}",
+        }
         with progress_bar(end - start, progress, "site") as bar:
 
             def rows(sites: list[int]) -> list[tuple[Any, ...]]:
@@ -165,7 +169,7 @@ def plot_mutagenesis(
     check_picture(Path(path))
     from matplotlib.figure import Figure
 
-    width = max(_ROW, math.ceil(len(effects) / _ROWS))
+    width = min(max(_ROW, math.ceil(len(effects) / _ROWS)), len(effects))
     num_rows = math.ceil(len(effects) / width)
     figure = Figure(figsize=(14, 1.3 + 1.1 * num_rows), layout="constrained")
     axes = figure.subplots(num_rows, 1, squeeze=False)[:, 0]
@@ -177,7 +181,7 @@ def plot_mutagenesis(
     ]
     axes[0].set_title(title)
     axes[-1].set_xlabel("position")
-    bar = figure.colorbar(images[0], ax=list(axes), fraction=0.02, pad=0.01)
+    bar = figure.colorbar(images[0], ax=list(axes), fraction=0.02, pad=0.01, extend="both")
     bar.set_label("ln p(substituted) - ln p(reference)")
     figure.savefig(path, dpi=120)
 
@@ -214,11 +218,19 @@ def plot_table(table: str | Path, path: str | Path) -> None:
 
 
 def _draw_row(axis: Any, effects: np.ndarray, bases: str, first: int, scale: tuple[int, float]) -> Any:
+    from matplotlib import colormaps
+
     width, bound = scale
-    axis.set_facecolor("0.8")
+    colours = colormaps["RdBu_r"].with_extremes(bad="0.8")
     extent = (first - 0.5, first + len(effects) - 0.5, 3.5, -0.5)
     image = axis.imshow(
-        effects.T, cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="auto", interpolation="nearest", extent=extent
+        np.ma.masked_invalid(effects.T),
+        cmap=colours,
+        vmin=-bound,
+        vmax=bound,
+        aspect="auto",
+        interpolation="nearest",
+        extent=extent,
     )
     there = [(first + site, BASES.index(base)) for site, base in enumerate(bases) if base in BASES]
     if there:

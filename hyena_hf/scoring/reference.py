@@ -11,8 +11,7 @@ import gzip
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +132,9 @@ def pysam_module() -> Any:
     return pysam
 
 
-@contextmanager
-def quiet(pysam: Any) -> Iterator[None]:
-    """Keep htslib from writing to stderr what we say in errors."""
-    before = pysam.set_verbosity(0)
-    try:
-        yield
-    finally:
-        pysam.set_verbosity(before)
+def silence(pysam: Any, stack: ExitStack) -> None:
+    """Keep htslib from writing to stderr what we say in errors, until a stack is closed."""
+    stack.callback(pysam.set_verbosity, pysam.set_verbosity(0))
 
 
 def compression(path: Path) -> str:
@@ -179,8 +173,9 @@ def _opened(path: Path, stack: ExitStack) -> Any:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hyena-reference-")))
     readable = unpacked(path, folder) if compression(path) == "gzip" else path
     _check_start(path, readable)
-    stack.enter_context(quiet(pysam))
-    index = _index(pysam, readable, path, folder)
+    with ExitStack() as opening:
+        silence(pysam, opening)
+        index = _index(pysam, readable, path, folder)
     names = {"filepath_index": str(index[0])} | ({"filepath_index_compressed": str(index[1])} if index[1:] else {})
     try:
         file = pysam.FastaFile(str(readable), **names)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named sequences from files: FASTA and FASTQ by pysam, tables by datasets, plain lines; and windows of them.
+"""Named sequences from files: FASTA and FASTQ by pysam, tables by datasets and pandas, or lines; windows of them.
 
 | suffix, `.gz` behind it where marked * | is read as                                      | case      |
 |----------------------------------------|-------------------------------------------------|-----------|
@@ -26,7 +26,7 @@ from typing import IO, Any, cast
 FASTA = (".fa", ".fasta", ".fna", ".ffn", ".faa")
 FASTQ = (".fq", ".fastq")
 LINES = (".txt", ".seq")
-TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json"}
+TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 CASES = ("auto", "upper", "keep")
 _AMBIGUOUS = "RYSWKMBDHV"
 _LOWER = bytes(range(ord("a"), ord("z") + 1))
@@ -199,20 +199,32 @@ def _read_table(path: Path, column: str, id_column: str | None) -> Iterator[Reco
 
 def _rows(datasets: Any, path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a table, one by one: nothing is copied into a cache."""
-    options: dict[str, Any] = {}
-    if path.suffix.lower() in (".csv", ".tsv"):  # NA and NAN are sequences
-        options = {"sep": "\t" if path.suffix.lower() == ".tsv" else ",", "keep_default_na": False}
     try:
+        if path.suffix.lower() in (".csv", ".tsv"):
+            yield from _csv_rows(path)
+            return
         if path.is_dir():
             rows = datasets.load_from_disk(str(path))
         else:
             kind = TABLES[path.suffix.lower()]
-            rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
+            rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
         if isinstance(rows, dict):
             raise ValueError(f"it holds several splits, {', '.join(rows)}; name the folder of one")
         yield from rows
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:  # pyarrow's and pandas' are ValueErrors
         raise ValueError(f"{path} cannot be read as a table: {error}") from error
+
+
+def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """By pandas: the reader of datasets leaves files open when one stops early, and takes NA for nothing."""
+    import pandas as pd
+
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    with pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, chunksize=1000) as tables:
+        for table in tables:
+            names = list(table.columns)
+            for row in table.itertuples(index=False, name=None):
+                yield dict(zip(names, row, strict=True))
 
 
 def windows(records: Iterable[Record], length: int, stride: int | None = None) -> Iterator[Record]:

@@ -8,21 +8,18 @@ of what they were made from. The last step joins the parts into `OUT`, and remov
 from __future__ import annotations
 
 import csv
-import hashlib
 import itertools
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .manifest import claim, whole
 from .processes import processes, share
 
 
 Item = TypeVar("Item")
 Row = tuple[Any, ...]
-_MANIFEST = "manifest.json"
-_SAMPLES = 4096  # numbers of a tensor that enter its fingerprint
 
 
 class ResumableTable:
@@ -48,7 +45,10 @@ class ResumableTable:
         self.columns = dict(columns)
         self._format = _format(self.path)
         self._folder = self.path.with_name(f"{self.path.name}.parts")
-        self._claim(json.loads(json.dumps({"columns": list(columns), **origin})))
+        try:
+            claim(self._folder, {"columns": list(columns), **origin})
+        except ValueError as error:
+            raise ValueError(f"{error}. It holds parts of {self.path}: name another table, or delete it") from error
         self.done = 0
         while self._part(self.done).exists():
             self.done += 1
@@ -57,40 +57,22 @@ class ResumableTable:
     def append(self, rows: Iterable[Row]) -> None:
         """Write the next part; it is there whole or not at all."""
         target = self._part(self._count)
-        unfinished = target.with_name(f"{target.name}.unfinished")
-        self._format.write(unfinished, self.columns, iter([list(rows)]))
-        unfinished.replace(target)
+        with whole(target) as unfinished:
+            self._format.write(unfinished, self.columns, iter([list(rows)]))
         self._count += 1
 
     def publish(self) -> None:
         """Join the parts into the table."""
         parts = [self._part(number) for number in range(self._count)]
-        unfinished = self._folder / "whole.unfinished"
-        self._format.write(unfinished, self.columns, (list(self._format.read(part, self.columns)) for part in parts))
+        with whole(self._folder / f"all{self.path.suffix}") as unfinished:
+            rows = (list(self._format.read(part, self.columns)) for part in parts)
+            self._format.write(unfinished, self.columns, rows)
         check_output(self.path)  # nobody else has written it meanwhile
-        unfinished.replace(self.path)
+        (self._folder / f"all{self.path.suffix}").replace(self.path)
         shutil.rmtree(self._folder)
 
     def _part(self, number: int) -> Path:
         return self._folder / f"part-{number:06d}{self.path.suffix}"
-
-    def _claim(self, origin: dict[str, Any]) -> None:
-        manifest = self._folder / _MANIFEST
-        if manifest.exists():
-            before = json.loads(manifest.read_text(encoding="utf-8"))
-            if changed := sorted(key for key in {*before, *origin} if before.get(key) != origin.get(key)):
-                key = changed[0]
-                raise ValueError(
-                    f"{self._folder} holds parts of a run with another {', '.join(changed)} ({key}: {before.get(key)} "
-                    f"then, {origin.get(key)} now); repeat that run's command to finish it, or delete the folder"
-                )
-            return
-        if self._folder.exists() and any(self._folder.iterdir()):
-            raise ValueError(f"{self._folder} exists and holds no manifest of ours; move it away")
-        self._folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self._folder.with_name(f"{self._folder.name}.manifest")
-        unfinished.write_text(json.dumps(origin, indent=1), encoding="utf-8")
-        unfinished.replace(manifest)
 
 
 def write_in_parts(
@@ -137,26 +119,6 @@ def read_rows(path: Path, columns: Mapping[str, type]) -> Iterator[Row]:
         ValueError: The file has other columns.
     """
     return _format(path).read(path, columns)
-
-
-def fingerprint(model: Any) -> str:
-    """Text that differs between models: of the configuration, and of numbers spread over every tensor."""
-    digest = hashlib.sha256()
-    config = model.config.to_dict()
-    for key in ("_name_or_path", "transformers_version"):
-        config.pop(key, None)
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(flat.numel() // _SAMPLES, 1)].double().cpu().numpy()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def file_digest(path: str | Path) -> str:
-    """Text that differs between files, from all their bytes."""
-    with Path(path).open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
 
 
 def _format(path: Path) -> type[_Tsv] | type[_Parquet]:

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from .batching import progress_bar
+from .manifest import file_fingerprint, model_fingerprint, tokenizer_fingerprint
 from .reference import Reference, as_model_letters
-from .tables import ResumableTable, check_output, file_digest, fingerprint, in_batches, read_rows, write_in_parts
+from .tables import ResumableTable, check_output, in_batches, read_rows, write_in_parts
 from .vcf import Variant, annotate_vcf, check_annotation, read_variants, why_no_sequence
 from .windows import WindowScorer, WindowSettings
 
@@ -186,7 +187,7 @@ def write_variant_effects(
         raise ValueError(f"part_records is {part_records!r}; a part has a number of records, at least 1")
     with Reference(reference) as genome:
         num_records = _count(read_variants(vcf, genome))
-        files = {"vcf": file_digest(vcf), "reference": file_digest(reference)}
+        files = {"vcf": file_fingerprint(Path(vcf)), "reference": file_fingerprint(Path(reference))}
         origin = {**origin_of(scorer), **files, "max_n_fraction": settings.max_n_fraction, "part_records": size}
         with progress_bar(num_records, progress, "variant") as bar:
 
@@ -220,7 +221,8 @@ def origin_of(scorer: WindowScorer) -> dict[str, Any]:
     """What numbers of a scorer depend on; the size of batches is not among it."""
     settings = asdict(scorer.settings) | {"window": scorer.window}
     settings.pop("batch_size")
-    return {"model": fingerprint(scorer.model), "tokenizer": type(scorer.tokenizer).__name__, **settings}
+    prints = {"model": model_fingerprint(scorer.model), "tokenizer": tokenizer_fingerprint(scorer.tokenizer)}
+    return {**prints, **settings}
 
 
 def _count(variants: Iterable[Variant]) -> int:

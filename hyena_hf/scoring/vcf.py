@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .reference import Reference, compression, is_base_of, lines_of, pysam_module, quiet, unpacked
+from .reference import Reference, compression, is_base_of, lines_of, pysam_module, silence, unpacked
 
 
 _BASES = re.compile("[ACGTN]+")
@@ -71,7 +71,7 @@ class VariantFile:
             if compression(self.path) == "gzip":  # pysam reads only blocked gzip
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hyena-variants-"))
                 self._readable = unpacked(self.path, Path(folder))
-            stack.enter_context(quiet(pysam))
+            silence(pysam, stack)
             try:
                 self.file: Any = stack.enter_context(pysam.VariantFile(str(self._readable)))
             except (OSError, ValueError) as error:

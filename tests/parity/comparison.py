@@ -17,7 +17,7 @@ class Published:
     Args:
         folder: The files that a user would download.
         arrays: `input_ids` (B, L), `logits` (B, L, V) and `block0`, `block1`, ... (B, L, D) in float32; the same with
-            the suffix `_64` in float64, with the reference's casts lifted.
+            the suffix `_64` in float64, with the reference's casts lifted, `_16` as it runs in bfloat16.
     """
 
     folder: Path

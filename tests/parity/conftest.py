@@ -38,17 +38,18 @@ def references() -> Path:
     return folder
 
 
-def write_request(case: Case, site: Path, folder: Path) -> Path:
-    """Write the config of a case in its published form, and what reference.py shall do."""
-    folder.mkdir()
-    text = json.dumps(case.config) if case.config_file.endswith(".json") else yaml.safe_dump(case.config)
-    (folder / case.config_file).write_text(text)
+def run_reference(case: Case, site: Path, folder: Path) -> Published:
+    """Let a reference fill the folder with the weights of a case, or run those given there."""
     ids = np.random.default_rng(0).integers(0, case.config["vocab_size"], (2, case.length))
     names = ("family", "config", "form", "file", "prefix", "dtype", "residues", "rounded_frequencies")
     request = {name: getattr(case, name) for name in names}
     path = folder.with_suffix(".json")
     path.write_text(json.dumps({**request, "site": str(site), "input_ids": ids.tolist(), "folder": str(folder)}))
-    return path
+    command = [sys.executable, str(Path(__file__).with_name("reference.py")), str(path)]
+    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with np.load(folder.with_suffix(".npz")) as arrays:
+        return Published(folder, dict(arrays))
 
 
 @pytest.fixture(scope="session")
@@ -59,11 +60,21 @@ def publish(references: Path, tmp_path_factory) -> Callable[[Case], Published]:
     def run(case: Case) -> Published:
         if (name := repr(case)) not in made:
             folder = tmp_path_factory.mktemp("published") / "checkpoint"
-            request = write_request(case, references, folder)
-            command = [sys.executable, str(Path(__file__).with_name("reference.py")), str(request)]
-            done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr
-            made[name] = Published(folder, dict(np.load(folder.with_suffix(".npz"))))
+            folder.mkdir()
+            text = json.dumps(case.config) if case.config_file.endswith(".json") else yaml.safe_dump(case.config)
+            (folder / case.config_file).write_text(text)
+            made[name] = run_reference(case, references, folder)
         return made[name]
+
+    return run
+
+
+@pytest.fixture
+def run_exported(references: Path) -> Callable[[Path], Published]:
+    """Let stripedhyena run a folder in its layout, by the config in there, as evo-model loads it: no name may lack."""
+
+    def run(folder: Path) -> Published:
+        config = json.loads((folder / "config.json").read_text())
+        return run_reference(Case("stripedhyena", config, form="given"), references, folder)
 
     return run

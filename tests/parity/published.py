@@ -175,7 +175,8 @@ class Case:
         family: "stripedhyena", "evo1" or "evo2"; also the name of our layout.
         config: Config with the published keys.
         config_file: "config.json", or the name of a .yml file.
-        form: "safetensors", "shards" (three safetensors files and an index), "pt", or "parts" (bytes of a .pt, cut).
+        form: "safetensors", "shards" (three safetensors files and an index), "pt", "parts" (bytes of a .pt, cut), or
+            "given" (a safetensors file that is there).
         file: Name of the file with weights.
         prefix: Whether keys begin with "backbone.".
         rounded_frequencies: Whether stored rotary frequencies are float32 numbers rounded to bfloat16.
@@ -197,7 +198,7 @@ class Case:
 
 
 PUBLISHED = {
-    "sh_7b_shards": Case("stripedhyena", SH_7B, form="shards"),
+    "sh_7b_shards": Case("stripedhyena", SH_7B, form="shards", dtype="bfloat16"),
     "sh_7b_plain_norm": Case("stripedhyena", {**SH_7B, "use_flash_rmsnorm": False}),
     "sh_7b_tied": Case("stripedhyena", {**SH_7B, "tie_embeddings": True}),
     "evo_1_8k": Case("evo1", EVO_1, form="shards", dtype="bfloat16"),

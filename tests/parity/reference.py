@@ -4,11 +4,13 @@
     python reference.py REQUEST.json
 
 The request names the folder with the installed references, the family ("stripedhyena", "evo1", "evo2"), its config in
-the published form, the published file form, the input ids, and the folder to fill. Started by conftest.py in a process
-of its own: the stand-ins of stand_ins.py must not reach the tests' own process.
+the published form, the published file form, the input ids, and the folder to fill; or, with the form "given", the
+folder with files to run. Started by conftest.py in a process of its own: the stand-ins of stand_ins.py must not reach
+the tests' own process.
 """
 
 import contextlib
+import copy
 import importlib
 import io
 import json
@@ -151,18 +153,32 @@ def load_published(model: Any, state: dict[str, Any], family: str) -> None:
 def traced(model: Any, ids: Tensor) -> dict[str, np.ndarray]:
     """Logits (B, L, V) of the reference and the output of every block (B, L, D), which localise a difference."""
     found: dict[str, np.ndarray] = {}
+    exact = torch.promote_types(model.norm.scale.dtype, torch.float32)
 
     def keep(name: str):
         def hook(_module, _inputs, output) -> None:
-            found[name] = output[0].numpy()
+            found[name] = output[0].to(exact).numpy()
 
         return hook
 
     hooks = [block.register_forward_hook(keep(f"block{i}")) for i, block in enumerate(model.blocks)]
-    found["logits"] = model(ids)[0].numpy()
+    found["logits"] = model(ids)[0].to(exact).numpy()
     for hook in hooks:
         hook.remove()
     return found
+
+
+def in_bfloat16(model: Any, family: str) -> Any:
+    """A copy of the model as its package runs it: in bfloat16, but for poles, residues and rotary frequencies."""
+    model = copy.deepcopy(model)
+    if family != "evo2":
+        model.to_bfloat16_except_poles_residues()
+        return model
+    for name, parameter in model.named_parameters():
+        if "projections" in name:  # in bfloat16 from the start there, and left alone
+            parameter.data = parameter.data.bfloat16()
+    model.to_bfloat16_except_pr_lc()
+    return model
 
 
 def in_float64(model: Any) -> Any:
@@ -179,18 +195,24 @@ def in_float64(model: Any) -> Any:
 
 
 def main(path: Path) -> None:
-    """Fill the folder of the request, and write the arrays to a .npz file beside it."""
+    """Fill the folder of the request if it is not given, and write the arrays to a .npz file beside it."""
     request = json.loads(path.read_text())
     sys.path.insert(0, request["site"])
     install()
     logging.disable(logging.WARNING)
     folder, ids = Path(request["folder"]), torch.tensor(request["input_ids"])
     model = build(request)
-    randomise(model, request["residues"])
-    state = published_state(model, request)
-    write_weights(state, request, folder)
+    if request["form"] == "given":
+        state = importlib.import_module("safetensors.torch").load_file(folder / request["file"])
+    else:
+        randomise(model, request["residues"])
+        state = published_state(model, request)
+        write_weights(state, request, folder)
     load_published(model, state, request["family"])
     arrays = {"input_ids": ids.numpy(), **traced(model, ids)}
+    arrays.update(
+        {f"{name}_16": values for name, values in traced(in_bfloat16(model, request["family"]), ids).items()}
+    )
     arrays.update({f"{name}_64": values for name, values in traced(in_float64(model), ids).items()})
     np.savez(folder.with_suffix(".npz"), **arrays)  # pyright: ignore[reportArgumentType] (arrays by name)
 

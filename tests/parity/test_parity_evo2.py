@@ -52,6 +52,17 @@ def test_logits_in_float32_are_as_near_to_the_exact_ones_as_the_reference_s(name
     assert_agrees(load_checkpoint(published.folder).float(), published, 2 * reference + 1e-6, suffix="_64")
 
 
+@pytest.mark.parametrize("name", ["evo_2_40b"])
+def test_logits_in_bfloat16_are_as_near_to_the_exact_ones_as_the_reference_s(name, publish):
+    published = publish(PUBLISHED[name])  # stored in bfloat16: weights are not rounded again
+    model, exact = load_checkpoint(published.folder), torch.tensor(published.arrays["logits_64"])
+    assert model.dtype == torch.bfloat16
+    with torch.no_grad():
+        error = (model(published.ids).logits - exact).pow(2).mean().sqrt()
+    reference = (torch.tensor(published.arrays["logits_16"]) - exact).pow(2).mean().sqrt()
+    assert error <= 1.2 * reference
+
+
 @pytest.mark.parametrize("rounded", [False, True])
 def test_logits_of_attention_layers_in_float64_are_the_reference_s(rounded, publish):
     published = publish(evo_2(mostly_attention(EVO_2_1M), rounded_frequencies=rounded))
