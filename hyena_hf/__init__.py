@@ -15,6 +15,7 @@ if _typing.TYPE_CHECKING:
         HyenaForMaskedLM,
         HyenaForQuestionAnswering,
         HyenaForSequenceClassification,
+        HyenaForTextEncoding,
         HyenaForTokenClassification,
     )
     from .modeling_hyena import HyenaForCausalLM, HyenaModel, HyenaPreTrainedModel
@@ -27,6 +28,7 @@ _MODULES = {
     "HyenaForMaskedLM": "heads",
     "HyenaForQuestionAnswering": "heads",
     "HyenaForSequenceClassification": "heads",
+    "HyenaForTextEncoding": "heads",
     "HyenaForTokenClassification": "heads",
     "HyenaModel": "modeling_hyena",
     "HyenaPreTrainedModel": "modeling_hyena",
@@ -42,6 +44,7 @@ __all__ = [
     "HyenaForMaskedLM",
     "HyenaForQuestionAnswering",
     "HyenaForSequenceClassification",
+    "HyenaForTextEncoding",
     "HyenaForTokenClassification",
     "HyenaModel",
     "HyenaNucleotideTokenizer",

@@ -12,7 +12,7 @@ import sys
 # the projections of all mixers; MLPs stay as they are, as in PEFT's defaults for other models
 MIXERS = ("in_proj", "q_proj", "k_proj", "v_proj", "out_proj")
 OTHERS = {
-    "LNTUNING_TARGET": ("mixer_norm", "mlp_norm", "norm"),
+    "LNTUNING_TARGET": ("mixer_norm", "mlp_norm", "norm", "embed_norm"),
     "IA3_TARGET": ("in_proj", "k_proj", "v_proj", "down_proj"),
     "IA3_FEEDFORWARD": ("down_proj",),
 }

@@ -20,6 +20,7 @@ _MODELS = {
     "MODEL_FOR_CAUSAL_LM_MAPPING": "HyenaForCausalLM",
     "MODEL_FOR_MASKED_LM_MAPPING": "HyenaForMaskedLM",
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": "HyenaForSequenceClassification",
+    "MODEL_FOR_TEXT_ENCODING_MAPPING": "HyenaForTextEncoding",
     "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING": "HyenaForTokenClassification",
     "MODEL_FOR_QUESTION_ANSWERING_MAPPING": "HyenaForQuestionAnswering",
 }

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from typing import Any as ResolvedPooling
 else:
     ResolvedInt, ResolvedBool, ResolvedNames, ResolvedDict = int | None, bool | None, list[str] | None, dict | None
-    ResolvedPooling = Literal["last", "mean"] | None
+    ResolvedPooling = Literal["first", "last", "mean"] | None
 
 LAYER_TYPES = ("hyena", "full_attention", "sliding_attention")
 FILTER_TYPES = ("implicit", "explicit", "modal")
@@ -134,13 +134,23 @@ class HyenaConfig(PreTrainedConfig):
         filter_groups (`int` or `list[int]`, *optional*): Different filters in an explicit filter (one value, or one a
             layer): as many parameters, each for `num_heads / filter_groups` neighbouring heads (None: one a head).
         short_conv_kernel (`int`): Taps of the depthwise convolution before the gates.
+        residual_conv (`bool`): Add a second long convolution, of a mixer's input itself, to its gated output
+            (bidirectional models of order 2 only).
+        block_type (`str`): `"pre_norm"`: x + mixer(norm(x)), then x + mlp(norm(x)), and a norm behind the last block.
+            `"monarch_mixer"`: y = mixer(x), then norm(y + mlp(y)), and a norm behind the embeddings.
+            `"monarch_mixer_norm"`: the same with mixer(norm(x)), where this norm has the epsilon 1e-5.
+        learned_positions (`bool`): Add an embedding of a token's position to that of the token: a trained table of
+            `max_position_embeddings` rows, so that such a model takes no longer input.
+        type_vocab_size (`int`): Token types (`token_type_ids`) whose embedding is added; 0: none.
         norm_type (`str`): `"layer_norm"`, `"rms_norm"`, or `"rms_norm_outer_eps"`, which adds the epsilon to the root
             mean square and not to the mean square (StripedHyena, Evo).
         norm_eps (`float`): Epsilon of all norms.
         hidden_act (`str` or `list[str]`): Activation of the MLP, a name of `transformers.activations.ACT2FN` (one, or
             one a layer; `"linear"` is none, a bilinear MLP where it is gated, as in Evo 2).
         gated_mlp (`bool`): `down(act(gate(x)) * up(x))` instead of `down(act(up(x)))`.
-        mlp_bias (`bool`): Biases in the MLP.
+        mlp_bias (`bool` or `list[str]`): Biases in the MLP, or the names of its layers that have one: `"up_proj"`,
+            with which the gate goes, and `"down_proj"`.
+        mlp_blocks (`int`): The weights of the MLP are block-diagonal with so many blocks; 1: dense.
         use_bias (`bool` or `list[str]`): Biases in the projections of all mixers and in the short convolution, or the
             names of those that have one: `"in_proj"`, `"short_conv"` and `"out_proj"` of Hyena mixers, `"qkv_proj"`
             and `"attention_out_proj"` of attention.
@@ -161,12 +171,15 @@ class HyenaConfig(PreTrainedConfig):
             caches always a history.
         residual_in_fp32 (`bool`): Keep the residual stream of a half-precision model in float32.
         initializer_range (`float`): Standard deviation of the initial weights.
-        embed_dropout, resid_dropout, hyena_dropout, attention_dropout (`float`): Dropout after the embedding, after
-            mixers and MLPs, on the gated inputs of the long convolutions, on attention weights.
+        embed_dropout, resid_dropout, mlp_dropout, hyena_dropout, attention_dropout (`float`): Dropout after the
+            embedding, after mixers and MLPs, inside MLPs, on the gated inputs of the long convolutions, on attention
+            weights.
         classifier_pooling (`str`, *optional*): What a head for whole sequences reads: `"last"`, the last real token
-            (default of causal models), or `"mean"`, the mean of all real tokens (default of others).
+            (default of causal models), `"first"`, or `"mean"`, the mean of all real tokens (default of others).
         use_cache (`bool`, *optional*): Return a cache from `forward` unless told otherwise (None: `is_causal`).
         tie_word_embeddings (`bool`): Share the embedding with the language-model head.
+        lm_head_transform (`bool`): In `HyenaForMaskedLM`, a linear layer, GELU and a norm before the head, and a bias
+            in it, as in BERT.
         pad_token_id, bos_token_id, eos_token_id: Special token ids.
 
     Raises:
@@ -203,11 +216,16 @@ class HyenaConfig(PreTrainedConfig):
     modulation_shift: float | int = 0.0
     filter_groups: int | list[int] | None = None
     short_conv_kernel: int = 3
+    residual_conv: bool = False
+    block_type: Literal["pre_norm", "monarch_mixer", "monarch_mixer_norm"] = "pre_norm"
+    learned_positions: bool = False
+    type_vocab_size: int = 0
     norm_type: Literal["layer_norm", "rms_norm", "rms_norm_outer_eps"] = "layer_norm"
     norm_eps: float = 1e-5
     hidden_act: str | list[str] = "gelu_pytorch_tanh"
     gated_mlp: bool = False
-    mlp_bias: bool = True
+    mlp_bias: bool | list[str] = True
+    mlp_blocks: int = 1
     use_bias: bool | list[str] = True
     num_attention_heads: ResolvedInt = None
     num_key_value_heads: ResolvedInt = None
@@ -221,11 +239,13 @@ class HyenaConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     embed_dropout: float | int = 0.0
     resid_dropout: float | int = 0.0
+    mlp_dropout: float | int = 0.0
     hyena_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     classifier_pooling: ResolvedPooling = None
     use_cache: ResolvedBool = None
     tie_word_embeddings: bool = True
+    lm_head_transform: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -272,6 +292,10 @@ class HyenaConfig(PreTrainedConfig):
         """All fields; PEFT, which reads this, finds its defaults for our models too."""
         enter_peft_defaults(self.model_type)
         return self._without_foreign(super().to_dict())
+
+    def has_mlp_bias(self, layer: str) -> bool:
+        """Whether a layer of the MLP, by its name in `mlp_bias`, has a bias."""
+        return self.mlp_bias if isinstance(self.mlp_bias, bool) else layer in self.mlp_bias
 
     def has_bias(self, layer: str) -> bool:
         """Whether a projection or the short convolution, by its name in `use_bias`, has a bias."""
@@ -342,6 +366,7 @@ class HyenaConfig(PreTrainedConfig):
         self._validate_ranges()
         self._validate_heads()
         self._validate_sparsity()
+        self._validate_blocks()
         if self.has_attention:
             self._validate_attention()
         for name in self.hidden_act if isinstance(self.hidden_act, list) else [self.hidden_act]:
@@ -363,11 +388,12 @@ class HyenaConfig(PreTrainedConfig):
                     )
 
     def _validate_sizes(self) -> None:
-        least = {"order": 2, "filter_num_layers": 2}
+        least = {"order": 2, "filter_num_layers": 2, "type_vocab_size": 0}
         names = (
             *("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"),
             *("order", "num_heads", "filter_hidden_size", "filter_num_layers", "filter_num_bands"),
             *("short_conv_kernel", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
+            *("type_vocab_size", "mlp_blocks"),
         )
         values = [(name, getattr(self, name)) for name in names]
         for name in ("filter_length", "state_size", "num_poles", "filter_groups"):
@@ -389,7 +415,8 @@ class HyenaConfig(PreTrainedConfig):
                 raise ValueError(f"{name} ({getattr(self, name)}) must be a finite number")
         if not 0 < self.modulation_target < 1:
             raise ValueError(f"modulation_target ({self.modulation_target}) must lie between 0 and 1")
-        for name in ("frequency_sparsity", "embed_dropout", "resid_dropout", "hyena_dropout", "attention_dropout"):
+        dropouts = ("embed_dropout", "resid_dropout", "mlp_dropout", "hyena_dropout", "attention_dropout")
+        for name in ("frequency_sparsity", *dropouts):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0 and below 1")
 
@@ -444,6 +471,27 @@ class HyenaConfig(PreTrainedConfig):
                     f"({support}) exceeds max_position_embeddings ({self.max_position_embeddings}), behind which this "
                     f"model has none; shorten filter_length"
                 )
+
+    def _validate_blocks(self) -> None:
+        for name in ("hidden_size", "intermediate_size"):
+            if getattr(self, name) % self.mlp_blocks:
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) must be a multiple of mlp_blocks ({self.mlp_blocks}); choose a "
+                    f"common divisor of hidden_size and intermediate_size"
+                )
+        for name in self.mlp_bias if isinstance(self.mlp_bias, list) else ():
+            if name not in ("up_proj", "down_proj"):
+                raise ValueError(f"mlp_bias names {name!r}; choose True, False or names from ('up_proj', 'down_proj')")
+        if self.residual_conv and (self.is_causal or self.order != 2):
+            raise ValueError(
+                f"residual_conv needs is_causal=False and order 2, got is_causal={self.is_causal} and order "
+                f"{self.order}; leave it out"
+            )
+        if self.residual_in_fp32 and self.block_type != "pre_norm":
+            raise ValueError(
+                f"residual_in_fp32 is True, but a block of type {self.block_type!r} has no residual stream; leave it "
+                f"out or set block_type='pre_norm'"
+            )
 
     def _validate_attention(self) -> None:
         heads, groups = self.num_attention_heads, self.num_key_value_heads

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Task heads on a Hyena model: masked tokens, labels of sequences and of tokens, spans of answers.
+"""Task heads on a Hyena model: masked tokens, labels and vectors of sequences, labels of tokens, spans of answers.
 
 All take the arguments of `HyenaModel.forward` and labels; -100 marks what bears no loss. As in the model, masked
 tokens do not exist: no output of a head and no loss depends on them. A head loads from any checkpoint with the same
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
     MaskedLMOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
@@ -23,7 +24,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_hyena import HyenaConfig
-from .modeling_hyena import HyenaForCausalLM, HyenaModel, HyenaPreTrainedModel, check_labels, check_stream
+from .modeling_hyena import HyenaForCausalLM, HyenaModel, HyenaPreTrainedModel, check_labels, check_stream, make_norm
 from .ops.segments import document_starts
 
 
@@ -32,8 +33,17 @@ def _last(hidden_states: Tensor, real: Tensor | None) -> Tensor:
     if real is None:
         return hidden_states[:, -1]
     columns = torch.arange(1, real.shape[1] + 1, device=real.device)
-    last = (real * columns).argmax(dim=1)
-    return hidden_states.gather(1, last[:, None, None].expand(-1, 1, hidden_states.shape[-1])).squeeze(1)
+    return _at(hidden_states, (real * columns).argmax(dim=1))
+
+
+def _first(hidden_states: Tensor, real: Tensor | None) -> Tensor:
+    """State of the first real token of every row, (B, L, D) -> (B, D)."""
+    return hidden_states[:, 0] if real is None else _at(hidden_states, real.int().argmax(dim=1))
+
+
+def _at(hidden_states: Tensor, columns: Tensor) -> Tensor:
+    """States (B, L, D) at one column of each row (B,), (B, D)."""
+    return hidden_states.gather(1, columns[:, None, None].expand(-1, 1, hidden_states.shape[-1])).squeeze(1)
 
 
 def _mean(hidden_states: Tensor, real: Tensor | None) -> Tensor:
@@ -43,6 +53,9 @@ def _mean(hidden_states: Tensor, real: Tensor | None) -> Tensor:
         return exact.mean(dim=1).to(hidden_states.dtype)
     total = exact.masked_fill(~real.unsqueeze(-1), 0).sum(dim=1)
     return (total / real.sum(dim=1, keepdim=True).clamp(min=1)).to(hidden_states.dtype)
+
+
+POOLING: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {"first": _first, "last": _last, "mean": _mean}
 
 
 def _between_padding(input_ids: Tensor, pad_token_id: int) -> Tensor:
@@ -104,6 +117,18 @@ class _HeadModel(HyenaPreTrainedModel):
             )
 
 
+class LMHeadTransform(nn.Module):
+    """norm(gelu(dense(x))): what BERT does to hidden states before its head."""
+
+    def __init__(self, config: HyenaConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = make_norm(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(nn.functional.gelu(self.dense(x)))
+
+
 class HyenaForMaskedLM(_HeadModel):
     """A bidirectional language model: `HyenaModel` with `is_causal=False` and a linear head over the vocabulary."""
 
@@ -116,7 +141,8 @@ class HyenaForMaskedLM(_HeadModel):
                 "use HyenaForCausalLM"
             )
         super().__init__(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_transform = LMHeadTransform(config) if config.lm_head_transform else None
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_transform)
         self.post_init()
 
     @can_return_tuple
@@ -142,7 +168,8 @@ class HyenaForMaskedLM(_HeadModel):
         outputs = self.encode(
             input_ids, attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
         )
-        logits = self.lm_head(outputs.last_hidden_state)
+        hidden_states = outputs.last_hidden_state
+        logits = self.lm_head(hidden_states if self.lm_transform is None else self.lm_transform(hidden_states))
         loss = None
         if labels is not None:
             labels = check_labels(labels, logits.shape[:2], self.config.vocab_size, "vocabulary")
@@ -162,7 +189,7 @@ class HyenaForSequenceClassification(_HeadModel):
 
     def __init__(self, config: HyenaConfig) -> None:
         super().__init__(config)
-        self.pool: Callable[[Tensor, Tensor | None], Tensor] = _last if config.classifier_pooling == "last" else _mean
+        self.pool = POOLING[config.classifier_pooling]
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
@@ -250,6 +277,50 @@ class HyenaForSequenceClassification(_HeadModel):
             if bool(wrong.any()):
                 raise ValueError(f"{kind} takes labels from 0 to 1, got {labels[wrong][0].item()}")
         return kind
+
+
+class HyenaForTextEncoding(_HeadModel):
+    """One vector for every sequence: `HyenaModel`, pooling, a linear layer and tanh, as BERT's pooler.
+
+    `config.classifier_pooling` says what is read, as in `HyenaForSequenceClassification`.
+    """
+
+    def __init__(self, config: HyenaConfig) -> None:
+        super().__init__(config)
+        self.pool = POOLING[config.classifier_pooling]
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Vectors of every row.
+
+        Arguments as in `HyenaModel.forward`. Packed rows are refused. Without a mask all tokens are real, also those
+        of padding.
+
+        Returns:
+            `pooler_output` (B, D), not normalised, and `last_hidden_state` (B, L, D).
+        """
+        self.refuse_packing(input_ids, attention_mask, inputs_embeds, position_ids, **kwargs)
+        outputs = self.encode(
+            input_ids, attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+        hidden_states = outputs.last_hidden_state
+        assert hidden_states is not None  # noqa: S101 (narrows the type)
+        pooled = self.pool(hidden_states, _new_columns(attention_mask, hidden_states.shape[1]))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states,
+            pooler_output=torch.tanh(self.pooler(pooled)),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
 
 class HyenaForTokenClassification(_HeadModel):
@@ -385,5 +456,6 @@ __all__ = [
     "HyenaForMaskedLM",
     "HyenaForQuestionAnswering",
     "HyenaForSequenceClassification",
+    "HyenaForTextEncoding",
     "HyenaForTokenClassification",
 ]

@@ -29,12 +29,13 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .block_diagonal import BlockDiagonalLinear
 from .cache import FrozenTaps, HyenaCacheLayer, Plan, adopt_cache, in_turn
 from .configuration_hyena import HyenaConfig
 from .filters import FILTERS, ExplicitFilter, FilterLinear, ImplicitFilter, ModalFilter, decay_rates
 from .mixers import HyenaAttention, HyenaMixer, RotaryEmbedding
 from .mixers.attention import AttentionWeights, rotary_frequencies
-from .mixers.hyena import ShortConv
+from .mixers.hyena import ResidualConv, ShortConv
 from .mixers.projections import is_plain
 from .ops import Segments
 from .ops.engine import is_traced
@@ -85,9 +86,17 @@ NORMS: dict[str, type[HyenaLayerNorm] | type[HyenaRMSNorm]] = {
 }
 
 
-def make_norm(config: HyenaConfig) -> nn.LayerNorm | HyenaRMSNorm:
-    """The norm that the config names."""
-    return NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps)
+def make_norm(config: HyenaConfig, eps: float | None = None) -> nn.LayerNorm | HyenaRMSNorm:
+    """The norm that the config names, with its epsilon unless one is given."""
+    return NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps if eps is None else eps)
+
+
+def make_mixer_norm(config: HyenaConfig) -> nn.LayerNorm | HyenaRMSNorm | None:
+    """The norm before a mixer, where blocks have one."""
+    if config.block_type == "pre_norm":
+        return make_norm(config)
+    # its published form has torch's epsilon, whatever that of the other norms
+    return make_norm(config, eps=1e-5) if config.block_type == "monarch_mixer_norm" else None
 
 
 class HyenaMLP(nn.Module):
@@ -103,11 +112,12 @@ class HyenaMLP(nn.Module):
 
     def __init__(self, config: HyenaConfig, layer_idx: int) -> None:
         super().__init__()
-        inner, bias = config.intermediate_size, config.mlp_bias
+        inner, bias = config.intermediate_size, config.has_mlp_bias("up_proj")
         self.gate_proj = nn.Linear(config.hidden_size, inner, bias=bias) if config.gated_mlp else None
         self.up_proj = nn.Linear(config.hidden_size, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, config.hidden_size, bias=bias)
+        self.down_proj = nn.Linear(inner, config.hidden_size, bias=config.has_mlp_bias("down_proj"))
         self.activation = ACT2FN[config.activation(layer_idx)]
+        self.dropout = nn.Dropout(config.mlp_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         whole = self.training or torch.is_grad_enabled() or is_traced()
@@ -123,19 +133,48 @@ class HyenaMLP(nn.Module):
     def _apply_to(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)
         inner = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x)) * up
-        return self.down_proj(inner)
+        return self.down_proj(self.dropout(inner))
+
+
+class BlockDiagonalMLP(nn.Module):
+    """`HyenaMLP` with block-diagonal weights; when gated, one of them gives what gates and then what is gated.
+
+    That is the form of M2-BERT, in which the two halves do not see the same inputs: with two blocks the first half of
+    the inputs gates what comes from the second.
+    """
+
+    def __init__(self, config: HyenaConfig, layer_idx: int) -> None:
+        super().__init__()
+        width, inner, blocks = config.hidden_size, config.intermediate_size, config.mlp_blocks
+        self.gated = config.gated_mlp
+        outputs = 2 * inner if self.gated else inner
+        self.up_proj = BlockDiagonalLinear(width, outputs, blocks, config.has_mlp_bias("up_proj"))
+        self.down_proj = BlockDiagonalLinear(inner, width, blocks, config.has_mlp_bias("down_proj"))
+        self.activation = ACT2FN[config.activation(layer_idx)]
+        self.dropout = nn.Dropout(config.mlp_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x)
+        if self.gated:
+            gate, up = up.chunk(2, dim=-1)
+            inner = self.activation(gate) * up
+        else:
+            inner = self.activation(up)
+        return self.down_proj(self.dropout(inner))
 
 
 class HyenaDecoderLayer(GradientCheckpointingLayer):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)); or a block of M2-BERT, see `block_type` of the config."""
 
     def __init__(self, config: HyenaConfig, layer_idx: int) -> None:
         super().__init__()
         mixer = HyenaMixer if config.layer_types[layer_idx] == "hyena" else HyenaAttention
-        self.mixer_norm = make_norm(config)
+        self.is_pre_norm = config.block_type == "pre_norm"
+        self.mixer_norm = make_mixer_norm(config)
         self.mixer = mixer(config, layer_idx)
         self.mlp_norm = make_norm(config)
-        self.mlp = HyenaMLP(config, layer_idx)
+        mlp = HyenaMLP if config.mlp_blocks == 1 else BlockDiagonalMLP
+        self.mlp = mlp(config, layer_idx)
         self.dropout = nn.Dropout(config.resid_dropout)
 
     def forward(
@@ -149,12 +188,15 @@ class HyenaDecoderLayer(GradientCheckpointingLayer):
         # the residual stream may be wider (float32) than the weights; quantised projections have no such dtype
         dtype = self.mlp_norm.weight.dtype
         mixed = self.mixer(
-            self.mixer_norm(hidden_states.to(dtype)),
+            hidden_states if self.mixer_norm is None else self.mixer_norm(hidden_states.to(dtype)),
             segments=segments,
             cache_layer=cache_layer,
             position_embeddings=position_embeddings,
             **kwargs,
         )
+        if not self.is_pre_norm:
+            mixed = self.dropout(mixed)
+            return self.mlp_norm(mixed + self.dropout(self.mlp(mixed)))
         hidden_states = hidden_states + self.dropout(mixed)
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states.to(dtype))))
 
@@ -178,7 +220,7 @@ class HyenaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": HyenaDecoderLayer, "attentions": AttentionWeights}  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["mixer.filter"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["mixer.filter", "mixer.residual.filter"]  # noqa: RUF012
 
     def __init__(self, config: HyenaConfig, *args, **kwargs) -> None:
         if not isinstance(config, HyenaConfig):
@@ -193,11 +235,12 @@ class HyenaPreTrainedModel(PreTrainedModel):
         | parameter | init | weight decay | learning rate |
         |---|---|---|---|
         | embeddings, heads, all projections: weight | N(0, r^2), r = initializer_range | yes | base |
-        | mixer.out_proj, mlp.down_proj: weight | N(0, r^2 / (2 num_hidden_layers)) | yes | base |
+        | mixer.out_proj, mlp.down_proj in pre-norm blocks: weight | N(0, r^2 / (2 num_hidden_layers)) | yes | base |
+        | block-diagonal mlp.up_proj, mlp.down_proj: weight | U(-1/sqrt(n), 1/sqrt(n)), n inputs a block | yes | base |
         | projections, heads: bias | 0 | no | base |
         | norms: weight, bias | 1, 0 | no | base |
         | mixer.short_conv: weight, bias | U(-1/sqrt(K), 1/sqrt(K)) | no | base |
-        | mixer.skip | N(0, 1) | no | base |
+        | mixer.skip, mixer.residual.skip | N(0, 1) | no | base |
         | mixer.filter.layers, .output, .reverse_layers, .reverse_output | N(0, r^2), bias 0 | no | filter |
         | mixer.filter.frequency | sine_frequency | no | filter |
         | mixer.filter.features (where trained) | formula in filters.py | no | filter |
@@ -207,7 +250,8 @@ class HyenaPreTrainedModel(PreTrainedModel):
         | mixer.filter.direct (modal) | 0 | no | filter |
         | mixer.filter.decay_rates (buffer) | formula in filters.py | | |
 
-        As in the published code (safari, `long_conv_lm.py`): its language-model init also redraws the filter's MLP.
+        The filter of `mixer.residual` starts as that of the mixer. As in the published code (safari,
+        `long_conv_lm.py`): its language-model init also redraws the filter's MLP.
         """
         super()._init_weights(module)
         if isinstance(module, ShortConv):
@@ -217,12 +261,18 @@ class HyenaPreTrainedModel(PreTrainedModel):
                 init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, RotaryEmbedding):
             init.copy_(module.inv_freq, rotary_frequencies(self.config)[0])
-        elif isinstance(module, HyenaDecoderLayer):
+        elif isinstance(module, BlockDiagonalLinear):
+            bound = 1 / math.sqrt(module.weight.shape[2])
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, HyenaDecoderLayer) and module.is_pre_norm:
             # residual branches start smaller so that the stream's variance does not grow with depth
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.mixer.out_proj.weight, std=std)
-            init.normal_(module.mlp.down_proj.weight, std=std)
-        elif isinstance(module, HyenaMixer):
+            if isinstance(module.mlp, HyenaMLP):
+                init.normal_(module.mlp.down_proj.weight, std=std)
+        elif isinstance(module, HyenaMixer | ResidualConv):
             init.normal_(module.skip)
         else:
             self._init_filter(module)
@@ -284,7 +334,8 @@ class HyenaPreTrainedModel(PreTrainedModel):
         16 where sums are float64. Filters and skips get no gradients in the block, and changing them has no effect
         until it ends. Copies of the model made inside are not frozen.
         """
-        mixers = [module for module in self.modules() if isinstance(module, HyenaMixer) and module.frozen is None]
+        kinds = HyenaMixer, ResidualConv
+        mixers = [module for module in self.modules() if isinstance(module, kinds) and module.frozen is None]
         for mixer in mixers:
             mixer.frozen = FrozenTaps()
         try:
@@ -418,9 +469,13 @@ class HyenaModel(HyenaPreTrainedModel):
     def __init__(self, config: HyenaConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        positions, types, width = config.max_position_embeddings, config.type_vocab_size, config.hidden_size
+        self.embed_token_types = nn.Embedding(types, width) if types else None
+        self.embed_positions = nn.Embedding(positions, width) if config.learned_positions else None
+        self.embed_norm = None if config.block_type == "pre_norm" else make_norm(config)
         self.embed_dropout = nn.Dropout(config.embed_dropout)
         self.layers = nn.ModuleList(HyenaDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = make_norm(config)
+        self.norm = make_norm(config) if config.block_type == "pre_norm" else nn.Identity()
         self.rotary_emb = RotaryEmbedding(config) if config.has_attention else None
         self.gradient_checkpointing = False
         # sharded training wraps each class named here, and a filter in float32 cannot share a unit with bfloat16
@@ -441,6 +496,7 @@ class HyenaModel(HyenaPreTrainedModel):
         use_cache: bool | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Hidden states of a batch, whatever its padding or packing.
@@ -449,14 +505,15 @@ class HyenaModel(HyenaPreTrainedModel):
             input_ids: Token ids (B, L), or give `inputs_embeds`.
             attention_mask: 1 for real tokens (B, cached + L). Masked tokens do not exist: all others get the values of
                 the sequence without them; theirs are finite and unspecified.
-            position_ids: Positions for rotary attention (B, L). Without a mask and a cache, a document begins wherever
-                they do not rise by one.
+            position_ids: Positions for rotary attention and learned positions (B, L). Without a mask and a cache, a
+                document begins wherever they do not rise by one.
             past_key_values: Cache of earlier calls; refused by bidirectional models.
-            inputs_embeds: Embeddings (B, L, D).
+            inputs_embeds: Embeddings of the tokens (B, L, D), to which those of positions and types are added.
             use_cache: Return a cache. Packed batches without a cache of the caller's make none.
             seq_idx: Number of the document of each token (B, L), for packed batches.
             cu_seq_lens_q: Ends of the documents in the flattened batch, from 0 to B L, for packed batches. With the
                 length of the longest one beside them (`max_length_q`, an int) a packed forward compiles to one graph.
+            token_type_ids: Type of every token (B, L), 0 if left out; ignored by models that know no types.
             kwargs: Handed to attention functions.
 
         Returns:
@@ -485,13 +542,12 @@ class HyenaModel(HyenaPreTrainedModel):
             first = None if cache_layers is None else cache_layers[0]
         self._check_length(first, length if segments is None else segments.max_length, length)
 
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        hidden_states = self.embed_dropout(inputs_embeds)
+        embeds: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None and (self.rotary_emb is not None or self.embed_positions is not None):
+            position_ids = self._positions(first, segments, length, device)
+        hidden_states = self.embed_dropout(self._embed(embeds, token_type_ids, position_ids, mask))
         position_embeddings = None
         if self.rotary_emb is not None:
-            if position_ids is None:
-                position_ids = self._positions(first, segments, length, device)
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
         if self.config.residual_in_fp32:
             hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
@@ -510,6 +566,51 @@ class HyenaModel(HyenaPreTrainedModel):
             cache_layer.advance(length, mask)
         hidden_states = self.norm(hidden_states.to(self.embed_tokens.weight.dtype))
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=cache)
+
+    def _embed(
+        self, embeds: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """Embeddings of the tokens (B, L, D) with those of their types and positions, normed where the model does."""
+        if self.embed_token_types is not None:
+            if token_type_ids is None:
+                token_type_ids = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+            self._check_types(token_type_ids, embeds.shape[:2])
+            embeds = embeds + self.embed_token_types(token_type_ids)
+        if self.embed_positions is not None:
+            assert position_ids is not None  # noqa: S101 (narrows the type)
+            if mask is not None:  # masked tokens may have any
+                position_ids = position_ids.masked_fill(~mask, 0)
+            self._check_learned_positions(position_ids)
+            embeds = embeds + self.embed_positions(position_ids)
+        return embeds if self.embed_norm is None else self.embed_norm(embeds)
+
+    def _check_learned_positions(self, position_ids: Tensor) -> None:
+        if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        low, high = (int(x) for x in position_ids.aminmax())
+        count = self.config.max_position_embeddings
+        if low < 0 or high >= count:
+            raise ValueError(
+                f"position_ids range from {low} to {high}, but the model has embeddings of {count} positions "
+                f"(max_position_embeddings); shorten the input, or count from 0"
+            )
+
+    def _check_types(self, token_type_ids: Tensor, shape: tuple[int, ...]) -> None:
+        if not isinstance(token_type_ids, Tensor) or token_type_ids.dtype not in (torch.int64, torch.int32):
+            got = token_type_ids.dtype if isinstance(token_type_ids, Tensor) else type(token_type_ids).__name__
+            raise TypeError(f"token_type_ids must be a tensor of integers (int64 or int32), got {got}")
+        if token_type_ids.shape != shape:
+            raise ValueError(
+                f"token_type_ids have shape {tuple(token_type_ids.shape)}, but the tokens {tuple(shape)}; give one a "
+                f"token"
+            )
+        if token_type_ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        low, high = (int(x) for x in token_type_ids.aminmax())
+        if low < 0 or high >= self.config.type_vocab_size:
+            raise ValueError(
+                f"token_type_ids range from {low} to {high}, but the model knows {self.config.type_vocab_size} types"
+            )
 
     def _documents(
         self,
@@ -568,11 +669,14 @@ class HyenaModel(HyenaPreTrainedModel):
                 f"the static cache holds {first.max_cache_len} tokens, but {int(first.length)} + {columns} are asked "
                 f"for; make it longer or use a DynamicCache"
             )
-        if self.config.beyond_trained_length != "refuse" and not self.config.trainable_positional_features:
+        config = self.config
+        tables = config.trainable_positional_features or config.learned_positions
+        if config.beyond_trained_length != "refuse" and not tables:
             return
         past = 0 if first is None else int(torch.as_tensor(first.tokens).max())
         if past + new > self.config.max_position_embeddings:
-            reason = "its positional features are a trained table"
+            what = "positional features" if self.config.trainable_positional_features else "position embeddings"
+            reason = f"its {what} are a trained table"
             if self.config.beyond_trained_length == "refuse":
                 reason = "beyond_trained_length is 'refuse'"
             raise ValueError(

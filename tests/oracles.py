@@ -6,7 +6,8 @@ torch. Convolutions are sums over lags, attention is a full matrix, no function 
 
 Shape letters: B batch, L length, D channels, N order, H heads, P head dim, K taps, E features, F filter width,
 V vocabulary. "..." is any number of leading axes. Sequence functions work on (..., L, D), convolutions on (..., C, L).
-A linear map is a dict {"weight": (out, in), "bias": (out,) or absent or None}.
+A linear map is a dict {"weight": (out, in), "bias": (out,) or absent or None}; a block-diagonal weight is the list of
+its blocks (N, out / N, in / N).
 
 Real inputs are taken to float64. Complex inputs stay complex, and every function is analytic in its real arguments:
 `directional_derivative` therefore differentiates any of them exactly, without step-size error.
@@ -218,7 +219,12 @@ def unpack_channels(packed: Array, order: int, channel_major: bool = False) -> A
 
 def linear(x: Array, layer: dict[str, Array | None]) -> Array:
     """x (..., in) W^T + b -> (..., out)."""
-    y = exact(x) @ exact(layer["weight"]).T
+    weight = exact(layer["weight"])
+    if weight.ndim == 3:
+        parts = np.split(exact(x), len(weight), axis=-1)
+        y = np.concatenate([part @ block.T for part, block in zip(parts, weight, strict=True)], axis=-1)
+    else:
+        y = exact(x) @ weight.T
     return y if layer.get("bias") is None else y + exact(layer["bias"])
 
 
@@ -264,8 +270,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def mlp(x: Array, params: dict[str, dict[str, Array | None]], hidden_act: str = "gelu_pytorch_tanh") -> Array:
-    """down(act(up x)), or down(act(gate x) * up x) when params has a "gate"; all three are linears."""
+    """down(act(up x)), or down(act(gate x) * up x) when params has a "gate"; all three are linears.
+
+    With a "gate_up" instead, its first half of outputs is the gate and its second is up.
+    """
     act = ACTIVATIONS[hidden_act]
+    if "gate_up" in params:
+        gate, up = np.split(linear(x, params["gate_up"]), 2, axis=-1)
+        return linear(act(gate) * up, params["down"])
     up = linear(x, params["up"])
     return linear(act(linear(x, params["gate"])) * up if "gate" in params else act(up), params["down"])
 
@@ -296,7 +308,8 @@ def hyena_operator(u: Array, params: dict) -> Array:
     """The Hyena operator of any order N >= 2 on u (..., L, D); with MultiHyena heads when it has fewer filters than D.
 
     params: "in_proj" linear D -> (N + 1) D; "short_conv" {"weight" ((N + 1) D, K), "bias"}; "h" (N - 1, H, taps);
-    "skip" (N - 1, H) or absent; "out_proj" linear D -> D; "h_reverse" (N - 1, H, taps) makes it bidirectional.
+    "skip" (N - 1, H) or absent; "out_proj" linear D -> D; "h_reverse" (N - 1, H, taps) makes it bidirectional;
+    "residual" {"h", "h_reverse" (D, taps), "skip" (D,)} adds such a convolution of u before out_proj (Monarch Mixer).
     The projection splits into x_0, x_1, ..., x_{N-1}, v; then v <- h_o conv (x_i v) + skip_o x_i v for the gates
     i = N - 1, ..., 1 with o = 0, ..., N - 2, and the output is out_proj(x_0 v).
     """
@@ -319,7 +332,14 @@ def hyena_operator(u: Array, params: dict) -> Array:
             v = bidirectional_conv(v, params["h"][step], params["h_reverse"][step], direct)
         else:
             v = causal_conv(v, params["h"][step], direct)
-    return linear(np.swapaxes(gates[0] * v, -1, -2), params["out_proj"])
+    y = gates[0] * v
+    if "residual" in params:
+        y = y + bidirectional_conv(np.swapaxes(exact(u), -1, -2), **_taps(params["residual"]))
+    return linear(np.swapaxes(y, -1, -2), params["out_proj"])
+
+
+def _taps(params: dict) -> dict:
+    return {"h": params["h"], "h_reverse": params["h_reverse"], "direct": params["skip"]}
 
 
 def rotary_tables(positions: Array, head_dim: int, theta: float = 10000.0) -> tuple[Array, Array]:
@@ -419,6 +439,36 @@ def hidden_states(
         x = x + mixer(norm(x, layer["norm1"], norm_type, eps), layer["mixer"])
         x = x + mlp(norm(x, layer["norm2"], norm_type, eps), layer["mlp"], act)
     return norm(x, params["final_norm"], norm_type, eps)
+
+
+def monarch_mixer_states(input_ids: Array, params: dict, types: Array | None = None, eps: float = 1e-12) -> Array:
+    """The encoder M2-BERT: y = mixer(x), x = norm(y + mlp(y)) per layer, without a residual around the mixer.
+
+    params: "embedding" (V, D), optionally "types" (T, D) and "positions" (M, D), whose rows are added; "embed_norm",
+    which follows; "layers", a list of {"mixer", "mlp", "norm"} and optionally "mixer_norm", which comes before the
+    mixer and has the epsilon 1e-5. Returns (..., L, D). The MLP has the exact GELU.
+    """
+    ids = np.asarray(input_ids)
+    x = exact(params["embedding"])[ids]
+    if "types" in params:
+        x = x + exact(params["types"])[np.zeros_like(ids) if types is None else np.asarray(types)]
+    if "positions" in params:
+        x = x + exact(params["positions"])[: ids.shape[-1]]
+    x = norm(x, params["embed_norm"], eps=eps)
+    for layer in params["layers"]:
+        y = mixer(norm(x, layer["mixer_norm"]) if "mixer_norm" in layer else x, layer["mixer"])
+        x = norm(y + mlp(y, layer["mlp"], "gelu"), layer["norm"], eps=eps)
+    return x
+
+
+def bert_logits(hidden: Array, params: dict, eps: float = 1e-12) -> Array:
+    """BERT's head: norm(gelu(dense(x))) against the embedding, and a bias; params "dense", "norm", "bias"."""
+    return logits(norm(gelu(linear(hidden, params["dense"])), params["norm"], eps=eps), params) + params["bias"]
+
+
+def bert_pooler(hidden: Array, pooler: dict, mean: bool = False) -> Array:
+    """tanh(dense(x)) of the first token or of the mean over all, (..., L, D) -> (..., D)."""
+    return np.tanh(linear(hidden.mean(-2) if mean else hidden[..., 0, :], pooler))
 
 
 def logits(hidden: Array, params: dict) -> Array:

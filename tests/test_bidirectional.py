@@ -45,6 +45,19 @@ MODELS = {
     },
     "trained features": {"trainable_positional_features": True, "tie_word_embeddings": False},
     "partial": {"modulation": False, "filter_length": 11, "residual_in_fp32": True, "num_hidden_layers": 2},
+    "monarch mixer": {
+        "block_type": "monarch_mixer_norm",
+        "residual_conv": True,
+        "learned_positions": True,
+        "type_vocab_size": 2,
+        "hidden_act": "gelu",
+        "gated_mlp": True,
+        "mlp_blocks": 4,
+        "mlp_bias": ["down_proj"],
+        "lm_head_transform": True,
+        "norm_eps": 1e-12,
+        "filter_types": ["implicit", "explicit", "implicit"],
+    },
 }
 LENGTHS = (45, 12, 28, 6, 7)
 
@@ -265,6 +278,9 @@ def test_reverse_filters_start_like_forward_ones_and_get_their_policy():
 # the model against its formulas
 
 
+REVERSED = {"h": "", "h_reverse": "reverse_"}
+
+
 def linear(module):
     return {"weight": module.weight.numpy(), "bias": None if module.bias is None else module.bias.numpy()}
 
@@ -286,6 +302,13 @@ def filter_taps(config, module, length, prefix=""):
     return oracles.unpack_channels(h[:, : config.filter_length or length], config.order)
 
 
+def residual(config, module, length):
+    if module is None:
+        return {}
+    taps = {name: filter_taps(config, module.filter, length, kind)[0] for name, kind in REVERSED.items()}
+    return {"residual": {**taps, "skip": module.skip[0].numpy()}}
+
+
 def mixer(model, index, length):
     config, module = model.config, model.model.layers[index].mixer
     if config.layer_types[index] == HYENA:
@@ -294,6 +317,7 @@ def mixer(model, index, length):
             "h": filter_taps(config, module.filter, length),
             "h_reverse": filter_taps(config, module.filter, length, "reverse_"),
             "skip": module.skip.numpy(),
+            **residual(config, module.residual, length),
         }
     angles = np.tile(np.outer(np.arange(length), model.model.rotary_emb.inv_freq.numpy()), 2)
     return {
@@ -307,7 +331,28 @@ def mixer(model, index, length):
     }
 
 
+def monarch_mixer_oracle(model, ids):
+    layers = []
+    for index, layer in enumerate(model.model.layers):
+        inner = {"gate_up": linear(layer.mlp.up_proj), "down": linear(layer.mlp.down_proj)}
+        norms = {"mixer_norm": norm(layer.mixer_norm), "norm": norm(layer.mlp_norm)}
+        layers.append({**norms, "mixer": mixer(model, index, ids.shape[1]), "mlp": inner})
+    params = {
+        "embedding": model.model.embed_tokens.weight.numpy(),
+        "types": model.model.embed_token_types.weight.numpy(),
+        "positions": model.model.embed_positions.weight.numpy(),
+        "embed_norm": norm(model.model.embed_norm),
+        "layers": layers,
+        "dense": linear(model.lm_transform.dense),
+        "norm": norm(model.lm_transform.norm),
+        "bias": model.lm_head.bias.numpy(),
+    }
+    return oracles.bert_logits(oracles.monarch_mixer_states(ids.numpy(), params), params)
+
+
 def oracle(model, ids):
+    if model.config.block_type != "pre_norm":
+        return monarch_mixer_oracle(model, ids)
     layers = []
     for index, layer in enumerate(model.model.layers):
         inner = {"up": linear(layer.mlp.up_proj), "down": linear(layer.mlp.down_proj)}
@@ -539,7 +584,7 @@ def test_a_copied_and_a_pickled_model_compute_the_same(name):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does
-@pytest.mark.parametrize("name", ["order 3", "hybrid"])
+@pytest.mark.parametrize("name", ["order 3", "hybrid", "monarch mixer"])
 def test_a_bidirectional_model_compiles_to_one_graph(name):
     torch.compiler.reset()
     model, ids = model_of(name, torch.float32), tokens(2, 24)
@@ -547,7 +592,7 @@ def test_a_bidirectional_model_compiles_to_one_graph(name):
     torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["order 3", "explicit", "hybrid"])
+@pytest.mark.parametrize("name", ["order 3", "explicit", "hybrid", "monarch mixer"])
 def test_a_bidirectional_model_exports_with_any_batch_and_length(name):
     model = model_of(name, torch.float32)
     sizes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=250)}

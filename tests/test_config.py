@@ -6,7 +6,13 @@ import pytest
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from hyena_hf import HyenaConfig, HyenaForCausalLM, HyenaForSequenceClassification, HyenaModel
+from hyena_hf import (
+    HyenaConfig,
+    HyenaForCausalLM,
+    HyenaForMaskedLM,
+    HyenaForSequenceClassification,
+    HyenaModel,
+)
 from tests.models import COMBINATIONS, FULL, HYENA, SLIDING, config_of, new_model, tokens
 
 
@@ -22,6 +28,12 @@ def shapes(**changes):
 def body_shapes(**changes):
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in HyenaModel(config_of(**changes)).named_parameters()}
+
+
+def masked_lm_shapes(**changes):
+    with torch.device("meta"):
+        model = HyenaForMaskedLM(config_of(is_causal=False, **changes))
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 def logits(dtype=torch.float32, **changes):
@@ -104,11 +116,16 @@ EFFECTS = {
     "modulation_shift": (logits, 0.0, 0.05),
     "filter_groups": (shapes, None, 4, {"filter_types": ["explicit"] * 3}),
     "short_conv_kernel": (shapes, 3, 4),
+    "residual_conv": (body_shapes, False, True, {"is_causal": False}),
+    "block_type": (logits, "pre_norm", "monarch_mixer"),
+    "learned_positions": (shapes, False, True),
+    "type_vocab_size": (shapes, 0, 2),
     "norm_type": (shapes, "layer_norm", "rms_norm"),
     "norm_eps": (logits, 1e-5, 1e-2),
     "hidden_act": (logits, "gelu_pytorch_tanh", "silu"),
     "gated_mlp": (shapes, False, True),
-    "mlp_bias": (shapes, True, False),
+    "mlp_bias": (shapes, True, ["down_proj"]),
+    "mlp_blocks": (shapes, 1, 4),
     "use_bias": (shapes, True, False),
     "num_attention_heads": (logits, 4, 2, ATTENTION),
     "num_key_value_heads": (shapes, 4, 2, ATTENTION),
@@ -122,11 +139,13 @@ EFFECTS = {
     "initializer_range": (initial_weights, 0.02, 0.1),
     "embed_dropout": (logits_in_training, 0.0, 0.5),
     "resid_dropout": (logits_in_training, 0.0, 0.5),
+    "mlp_dropout": (logits_in_training, 0.0, 0.5),
     "hyena_dropout": (logits_in_training, 0.0, 0.5),
     "attention_dropout": (logits_in_training, 0.0, 0.5, ATTENTION),
     "classifier_pooling": (class_scores, "last", "mean"),
     "use_cache": (returns_a_cache, True, False),
     "tie_word_embeddings": (shapes, True, False),
+    "lm_head_transform": (masked_lm_shapes, False, True),
     "pad_token_id": (generation_ids, None, 3),
     "bos_token_id": (generation_ids, None, 3),
     "eos_token_id": (generation_ids, 3, [3, 4]),
@@ -183,6 +202,16 @@ REFUSED = [
     ({"vocab_size": 0}, ValueError, ["vocab_size (0)", "at least 1"]),
     ({"short_conv_kernel": -1}, ValueError, ["short_conv_kernel (-1)", "at least 1"]),
     ({"filter_num_layers": 1}, ValueError, ["filter_num_layers (1)", "at least 2"]),
+    ({"block_type": "post_norm"}, (TypeError, ValueError), ["block_type", "pre_norm", "monarch_mixer", "post_norm"]),
+    ({"type_vocab_size": -1}, ValueError, ["type_vocab_size (-1)", "at least 0"]),
+    ({"mlp_blocks": 0}, ValueError, ["mlp_blocks (0)", "at least 1"]),
+    ({"mlp_blocks": 5}, ValueError, ["hidden_size (32)", "mlp_blocks (5)", "divisor"]),
+    ({"mlp_blocks": 4, "intermediate_size": 66}, ValueError, ["intermediate_size (66)", "mlp_blocks (4)"]),
+    ({"mlp_bias": ["gate_proj"]}, ValueError, ["'gate_proj'", "down_proj"]),
+    ({"residual_conv": True}, ValueError, ["residual_conv", "is_causal=True", "leave it out"]),
+    ({"residual_conv": True, "is_causal": False, "order": 3}, ValueError, ["residual_conv", "order 3"]),
+    ({"residual_in_fp32": True, "block_type": "monarch_mixer"}, ValueError, ["residual_in_fp32", "'monarch_mixer'"]),
+    ({"mlp_dropout": 1.0}, ValueError, ["mlp_dropout (1.0)", "below 1"]),
     ({"filter_length": [3, 0, 3]}, ValueError, ["filter_length (0)", "at least 1"]),
     ({"filter_length": [3, 3]}, ValueError, ["2 entries", "(3)", "one a layer"]),
     ({"layer_types": [HYENA]}, ValueError, ["1 entries", "(3)", "one a layer"]),

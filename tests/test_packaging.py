@@ -36,6 +36,7 @@ SPINE = {
     "HyenaForMaskedLM",
     "HyenaForQuestionAnswering",
     "HyenaForSequenceClassification",
+    "HyenaForTextEncoding",
     "HyenaForTokenClassification",
     "HyenaModel",
     "HyenaNucleotideTokenizer",

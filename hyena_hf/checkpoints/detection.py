@@ -4,7 +4,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from . import safari, striped
+from . import m2_bert, safari, striped
 from .files import Source, open_source
 from .layout import Conversion
 
@@ -16,9 +16,10 @@ _READERS: dict[str, Callable[[Source, str], Conversion]] = {
     "stripedhyena": striped.read,
     "evo1": striped.read,
     "evo2": striped.read,
+    "m2-bert": m2_bert.read,
 }
 LAYOUTS = tuple(_READERS)
-_DETECTORS = (safari.layout_of, striped.layout_of)
+_DETECTORS = (safari.layout_of, striped.layout_of, m2_bert.layout_of)
 
 
 def layout_of(source: Source, layout: str | None = None) -> str:

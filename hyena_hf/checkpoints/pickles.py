@@ -181,6 +181,8 @@ def _tensors(content: Any) -> Iterator[tuple[str, Tensor]]:
     """Tensors by name, of a state dict or of what usual trainers put around one."""
     if not isinstance(content, dict):
         return
+    if isinstance(content.get("state"), dict):  # composer puts all else beside it
+        content = content["state"]
     for wrapper in ("state_dict", "model_state_dict", "module", "model"):
         inner = content.get(wrapper)
         if isinstance(inner, dict) and any(isinstance(value, Tensor) for value in inner.values()):

@@ -153,7 +153,7 @@ def _card(conversion: Conversion, source: str, numbers: int) -> str:
     dtype, length = str(conversion.dtype).removeprefix("torch."), config.max_position_embeddings
     row = (f"{config.num_hidden_layers}", f"{config.hidden_size}", kinds, f"{numbers:,}")
     row = (*row, f"{dtype}, filters float32", f"{length:,}")
-    auto = "AutoModelForCausalLM" if model == "HyenaForCausalLM" else "AutoModelForSequenceClassification"
+    auto = f"AutoModel{model.removeprefix('Hyena')}"
     return f"""---
 library_name: transformers
 tags: [hyena]

@@ -87,6 +87,34 @@ class ShortConv(nn.Module):
         return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
 
+class ResidualConv(nn.Module):
+    """A long convolution of a mixer's input that bypasses its projections and gates (Monarch Mixer, bidirectional).
+
+    Args:
+        config: The model's config.
+        layer_idx: Layer that the mixer belongs to.
+    """
+
+    def __init__(self, config: HyenaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.frozen: FrozenTaps | None = None  # see `HyenaPreTrainedModel.frozen_filters`
+        self.filter = FILTERS[config.filter_types[layer_idx]](config, layer_idx)
+        self.skip = nn.Parameter(torch.empty(1, config.hidden_size))
+
+    def forward(self, hidden_states: Tensor, segments: Segments | None = None) -> Tensor:
+        """Convolve (B, L, D) -> (B, L, D)."""
+        memory = NoMemory([], None if segments is None else segments.max_length, self.frozen)
+        skip = self.skip[0] if self.frozen is None else self.skip[0].detach()
+
+        def convolve(rows: Tensor, counts: Tensor | None) -> Tensor:
+            x = rows.transpose(1, 2).to(torch.promote_types(rows.dtype, torch.float32))
+            with without_autocast(x.device):
+                y = _convolve_both_sides(memory, 0, x, counts, self.filter, skip, exact=False)
+            return y.transpose(1, 2).to(rows.dtype)
+
+        return over_rows(segments, convolve, hidden_states)
+
+
 class HyenaMixer(nn.Module):
     """A Hyena operator of any order, or MultiHyena heads.
 
@@ -112,6 +140,7 @@ class HyenaMixer(nn.Module):
         self.filter = FILTERS[config.filter_types[layer_idx]](config, layer_idx)
         self.skip = nn.Parameter(torch.empty(config.order - 1, self.num_heads))
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.has_bias("out_proj"))
+        self.residual = ResidualConv(config, layer_idx) if config.residual_conv else None
 
     def make_histories(self, length: int | None, expected: int | None, plan: Plan | None = None) -> list[History]:
         """Empty histories for the short and each long convolution.
@@ -184,7 +213,10 @@ class HyenaMixer(nn.Module):
             # as gathered rows are: a linear layer rounds twice where its input has another layout
             return y.transpose(1, 2).to(rows.dtype).contiguous()
 
-        return self.out_proj(over_rows(segments, mix, self.in_proj(hidden_states)))
+        mixed = over_rows(segments, mix, self.in_proj(hidden_states))
+        if self.residual is not None:
+            mixed = mixed + self.residual(hidden_states, segments)
+        return self.out_proj(mixed)
 
     def _takes_step(self, hidden_states: Tensor, cache_layer: HyenaCacheLayer) -> bool:
         """Whether `step` serves: one token a row, and no dropout between the gates."""
@@ -252,4 +284,4 @@ class HyenaMixer(nn.Module):
         return memory.push(1, qkv, counts, memory.taps, self.filter, 0, self.direct(0))
 
 
-__all__ = ["HyenaMixer", "ShortConv"]
+__all__ = ["HyenaMixer", "ResidualConv", "ShortConv"]
