@@ -36,14 +36,17 @@ from transformers.utils import logging as transformers_logging
 
 from evaluation.baselines import xz_bits_per_byte
 from evaluation.perplexity import bits_per_byte
-from examples.dna_markov import NucleotideMarkov, markov_bits
+from examples.dna_markov import NucleotideMarkov, markov_bits, new_stretches
 from examples.dna_models import Shape, TrainingStage, hyena_config, llama_config, train_in_stages
 from examples.dna_report import write_page
 from examples.dna_tasks import (
+    SpeciesSplit,
     embed_genome,
     fine_tune_species,
-    kmer_baseline,
+    kmer_frequencies,
+    linear_probe,
     markov_log_ratios,
+    mean_states,
     plant_substitutions,
     score_planted,
     species_windows,
@@ -84,10 +87,12 @@ class Plan:
     unseen_bases: int = 262_146  # at the end of the training strain: validation
     segment: int = 131_073  # bases of a test sequence; the first is not scored
     segments: int = 3  # of each held-out strain
+    new_bases: int = 1_024  # fewest of a stretch of the first one that the training strain does not have
     contexts: tuple[int, ...] = (1_024, 16_384, 131_072)
     orders: tuple[int, ...] = (2, 4, 6, 8, 10, 11, 12, 14, 16, 20, 24)
     weights: tuple[float, ...] = (1, 4, 16, 64, 256)
     species_lengths: tuple[int, ...] = (256, 1_024, 4_096)
+    fine_tuned_lengths: tuple[int, ...] = (256, 1_024)  # of them
     species_bases: int = 204_800  # training bases of a species at every length
     species_tests: int = 200  # test windows of a species
     species_epochs: int = 2
@@ -107,10 +112,12 @@ SMOKE = Plan(
     unseen_bases=2_050,
     segment=513,
     segments=2,
+    new_bases=100,
     contexts=(128, 512),
     orders=(2, 12),
     weights=(4, 64),
     species_lengths=(64,),
+    fine_tuned_lengths=(64,),
     species_bases=2_560,
     species_tests=10,
     species_epochs=1,
@@ -187,7 +194,23 @@ class Workplace:
                 name: spread(self.genome(name)[0].sequence, count=count, length=plan.segment)
                 for name, count in others.items()
             },
+            f"{HELD_OUT[0]}, new stretches": self.new_stretches(),
         }
+
+    def new_stretches(self) -> list[bytes]:
+        """Up to a segment of the held-out strain that has nothing in common with what was trained on."""
+        forward, _ = self.training_sequences()
+        stretches = new_stretches(
+            self.genome(HELD_OUT[0])[0].sequence,
+            [forward, reverse_complement(forward)],
+            words=20,
+            min_length=self.plan.new_bases,
+        )
+        kept: list[bytes] = []
+        for stretch in stretches:
+            if sum(map(len, kept)) + len(stretch) <= self.plan.segment:
+                kept.append(stretch)
+        return kept
 
 
 def run_hyena(work: Workplace) -> None:
@@ -256,38 +279,48 @@ def _compressed(training: Sequence[bytes], sets: Mapping[str, Sequence[bytes]]) 
 
 
 def run_species(work: Workplace) -> None:
-    """Fine-tune the pretrained model on windows of every length; count 4-mers beside it."""
-    for length in work.plan.species_lengths:
-        work.finished(f"species-{length}", lambda length=length: _species(work, length))
-
-
-def _species(work: Workplace, length: int) -> dict[str, Any]:
+    """Tell species apart by frozen embeddings, by a fine-tuned model, and by counts of 4-mers."""
     plan = work.plan
-    count = plan.species_bases // length
-    split = species_windows(
+    for length in plan.species_lengths:
+        work.finished(f"species-{length}", lambda length=length: _classified(work, length))
+    for length in plan.fine_tuned_lengths:
+        work.finished(f"finetuned-{length}", lambda length=length: _fine_tuned(work, length))
+
+
+def _species(work: Workplace, length: int) -> SpeciesSplit:
+    return species_windows(
         {species: [work.genome(name) for name in strains] for species, (strains, _) in SPECIES.items()},
         {species: work.genome(name) for species, (_, name) in SPECIES.items()},
         length=length,
-        train_count=count,
-        test_count=plan.species_tests,
+        train_count=work.plan.species_bases // length,
+        test_count=work.plan.species_tests,
         seed=work.seed,
     )
-    folder = work.output / f"species-{length}"
-    task = write_task(split, folder / "task")
+
+
+def _classified(work: Workplace, length: int) -> dict[str, Any]:
+    split = _species(work, length)
+    model = AutoModelForCausalLM.from_pretrained(work.model_dir("hyena"))
     return {
         "train_windows": len(split.train),
         "test_windows": len(split.test),
-        "Hyena": fine_tune_species(
-            work.model_dir("hyena"),
-            task,
-            folder / "hyena",
-            batch_size=max(1, plan.species_batch_bases // length),
-            epochs=plan.species_epochs,
-            rows=len(split.train),
-            seed=work.seed,
-        ),
-        "4-mers, logistic regression": kmer_baseline(split),
+        "Hyena, frozen": linear_probe(split, lambda window: mean_states(model, [window, reverse_complement(window)])),
+        "4-mers": linear_probe(split, lambda window: kmer_frequencies(window, 4)),
     }
+
+
+def _fine_tuned(work: Workplace, length: int) -> dict[str, Any]:
+    plan, split = work.plan, _species(work, length)
+    folder = work.output / f"species-{length}"
+    return fine_tune_species(
+        work.model_dir("hyena"),
+        write_task(split, folder / "task"),
+        folder / "hyena",
+        batch_size=max(1, plan.species_batch_bases // length),
+        epochs=plan.species_epochs,
+        rows=len(split.train),
+        seed=work.seed,
+    )
 
 
 def run_variants(work: Workplace) -> None:

@@ -118,6 +118,32 @@ def _bits(model: NucleotideMarkov, sequences: Sequence[bytes], weights: Sequence
     return sums / sum(len(_grams(sequence, model.order)) for sequence in sequences)
 
 
+def new_stretches(sequence: bytes, training: Sequence[bytes], *, words: int, min_length: int) -> list[bytes]:
+    """The stretches of a sequence that hold no word of `words` bases of the training sequences.
+
+    Args:
+        sequence: capitals out of ACGT.
+        training: give both strands, to leave out what stands on either.
+        words: bases of a word, 1 .. 31.
+        min_length: fewest bases of a stretch.
+
+    Raises:
+        ValueError: the sequence has other letters.
+    """
+    known = np.unique(np.concatenate([_grams(text, words - 1) for text in training]))
+    grams = _grams(sequence, words - 1)
+    if len(grams) != max(0, len(sequence) - words + 1):
+        raise ValueError("the sequence has letters outside ACGT; cut it there")
+    found = np.flatnonzero(_lookup(known, np.ones(len(known)), grams))  # where known words begin
+    begins = np.concatenate([[0], found + 1])  # a stretch may share all but one base with the word before it
+    ends = np.concatenate([found + words - 1, [len(sequence)]])
+    return [
+        sequence[begin:end]
+        for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)
+        if end - begin >= min_length
+    ]
+
+
 def _grams(sequence: bytes, order: int) -> Codes:
     """Every base with the `order` bases before it as one integer, the base itself in the lowest 2 bits."""
     bases = _LETTERS[np.frombuffer(sequence, dtype=np.uint8)]

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
 import json
 import math
 from collections import Counter
@@ -9,7 +10,7 @@ import torch
 from Bio.Seq import Seq
 
 from examples import dna
-from examples.dna_markov import NucleotideMarkov, markov_bits
+from examples.dna_markov import NucleotideMarkov, markov_bits, new_stretches
 from examples.dna_models import Shape, TrainingStage, hyena_config, llama_config, train_in_stages
 from examples.dna_tasks import (
     CODON_CLASSES,
@@ -18,9 +19,10 @@ from examples.dna_tasks import (
     auc,
     effect_of,
     embed_genome,
-    kmer_baseline,
     kmer_frequencies,
+    linear_probe,
     markov_log_ratios,
+    mean_states,
     plant_substitutions,
     species_windows,
     summarise_variants,
@@ -166,6 +168,18 @@ def test_word_frequencies_count_both_strands_and_skip_other_letters():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_mean_states_average_every_layer_over_bases_and_strands():
+    torch.manual_seed(0)
+    model = dna.AutoModelForCausalLM.from_config(hyena_config(TINY))
+    strands = [random_sequence(20), random_sequence(20, 1)]
+
+    found = mean_states(model, strands)
+
+    each = [model(input_ids=dna.encode(strand)[None], output_hidden_states=True).hidden_states for strand in strands]
+    expected = [sum(states[layer][0].double().mean(dim=0) for states in each) / 2 for layer in range(3)]
+    np.testing.assert_allclose(found, torch.cat(expected).detach().numpy(), atol=1e-6)
+
+
 def test_words_tell_species_of_different_composition_apart():
     draw = np.random.default_rng(0)
     strains = {
@@ -181,7 +195,7 @@ def test_words_tell_species_of_different_composition_apart():
         seed=0,
     )
 
-    assert kmer_baseline(split)["accuracy"] > 0.9
+    assert linear_probe(split, lambda window: kmer_frequencies(window, 4))["accuracy"] > 0.9
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +315,8 @@ def test_the_smoke_run_goes_through_every_stage_and_does_nothing_twice(tmp_path,
 
     results = json.loads((folder / "results.json").read_text())
     assert {path: path.stat().st_mtime_ns for path in (folder / "measured").iterdir()} == first
-    assert set(results["species-64"]) >= {"Hyena", "4-mers, logistic regression"}
+    assert set(results["species-64"]) >= {"Hyena, frozen", "4-mers"}
+    assert results["finetuned-64"]["confusion"]
     assert results["embed-whole"]["peak_bytes"] > 0
     page = (folder / "dna.md").read_text()
     assert all(f"## {title}" in page for title in ("Training", "Bits per base", "Species", "Planted", "Embedding"))
@@ -321,3 +336,18 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 def test_a_stage_whose_model_is_missing_says_which_to_run_first(tmp_path):
     with pytest.raises(ValueError, match="no trained hyena; run --stages hyena first"):
         dna.main(["--output", str(tmp_path), "--smoke", "--stages", "bits"])
+
+
+def test_new_stretches_hold_no_word_of_the_training_sequences():
+    training, text = random_sequence(300), bytearray(random_sequence(200, 1))
+    text[50:80] = training[100:130]
+    text[120:150] = reverse_complement(training)[20:50]
+    strands = [training, reverse_complement(training)]
+
+    found = new_stretches(bytes(text), strands, words=12, min_length=20)
+
+    shared = [i for i in range(189) if any(bytes(text[i : i + 12]) in strand for strand in strands)]
+    assert 50 in shared
+    assert 138 in shared
+    edges = [(0, shared[0] + 11), *((a + 1, b + 11) for a, b in itertools.pairwise(shared)), (shared[-1] + 1, 200)]
+    assert found == [bytes(text[begin:end]) for begin, end in edges if end - begin >= 20]
