@@ -23,8 +23,9 @@ def load_checkpoint(path_or_repo: str | Path, layout: str | None = None, revisio
         revision: Branch, tag or commit of a repository; None: the one that its publishers recommend.
 
     Returns:
-        A `HyenaForCausalLM` (`HyenaForSequenceClassification` where the file holds a classifier) in evaluation mode,
-        in the dtype of the file's embedding, filters in float32; ready for `save_pretrained`.
+        A `HyenaForCausalLM` in evaluation mode (`HyenaForSequenceClassification` where the file holds a classifier; of
+        M2-BERT a `HyenaForMaskedLM`, or a `HyenaForTextEncoding` where it holds a pooler), in the dtype of the file's
+        embedding, filters in float32; ready for `save_pretrained`.
 
     Raises:
         ValueError: The layout is not known, files are missing, truncated or name code, or tensors do not make up the

@@ -30,5 +30,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     try:
         chosen.run(chosen)
-    except (ImportError, OSError, ValueError, TypeError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError, TypeError) as error:
         sys.exit(f"hyena {chosen.command}: {error}")

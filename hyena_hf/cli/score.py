@@ -119,7 +119,11 @@ def task_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(kind: Any, arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Model and tokenizer, the model on its device."""
+    """Model and tokenizer, the model on its device.
+
+    Raises:
+        ValueError: No such model, tokenizer or device.
+    """
     from transformers import AutoTokenizer
 
     from hyena_hf.scoring.processes import processes
@@ -133,7 +137,13 @@ def load(kind: Any, arguments: argparse.Namespace) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} has no tokenizer that loads ({error}); save one beside the model") from error
-    return model.to(arguments.device or _device(rank)), tokenizer
+    device = arguments.device or _device(rank)
+    try:
+        return model.to(device), tokenizer
+    except (RuntimeError, AssertionError) as error:  # what torch raises where there is no such device
+        raise ValueError(
+            f"the model cannot be put on the device {device} ({error}); name another one by --device"
+        ) from error
 
 
 def _device(rank: int) -> str:

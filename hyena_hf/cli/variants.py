@@ -94,19 +94,9 @@ def batch_size_of(arguments: argparse.Namespace) -> int | str:
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """A causal language model on its device, and its tokenizer.
-
-    Raises:
-        ValueError: No such model, or no such device.
-    """
+    """A causal language model on its device, and its tokenizer; errors as in `hyena score`."""
     from transformers import AutoModelForCausalLM
 
     from .score import load as load_on_device
 
-    try:
-        return load_on_device(AutoModelForCausalLM, arguments)
-    except (RuntimeError, AssertionError) as error:  # what torch raises where there is no such device
-        raise ValueError(
-            f"the model cannot be put on the device {arguments.device or 'of this machine'} ({error}); name another "
-            f"one by --device"
-        ) from error
+    return load_on_device(AutoModelForCausalLM, arguments)
