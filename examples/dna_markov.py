@@ -130,7 +130,7 @@ def new_stretches(sequence: bytes, training: Sequence[bytes], *, words: int, min
     Raises:
         ValueError: the sequence has other letters.
     """
-    known = np.unique(np.concatenate([_grams(text, words - 1) for text in training]))
+    known = np.sort(np.concatenate([_grams(text, words - 1) for text in training]))
     grams = _grams(sequence, words - 1)
     if len(grams) != max(0, len(sequence) - words + 1):
         raise ValueError("the sequence has letters outside ACGT; cut it there")

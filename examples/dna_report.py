@@ -205,7 +205,7 @@ def _embedding(results: Results, figures: dict[str, Figure]) -> Iterator[str]:  
     yield ""
 
 
-def _axes(count: int = 1, rows: int = 1, **options: Any) -> tuple[Figure, list[Any]]:
+def _axes(count: int = 1, rows: int = 1) -> tuple[Figure, list[Any]]:
     """A figure of `count` panels in `rows` rows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -213,9 +213,11 @@ def _axes(count: int = 1, rows: int = 1, **options: Any) -> tuple[Figure, list[A
     columns = -(-count // rows)
     figure = Figure(figsize=(6.5 * columns, 4.2 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, **options).flatten()
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for one in axes:
         one.grid(alpha=0.3)
+    for spare in axes[count:]:
+        spare.remove()
     return figure, list(axes)[:count]
 
 
@@ -238,7 +240,7 @@ def _plot_training(results: Results) -> Figure:
 
 def _plot_bits(rows: Sequence[tuple[str, Mapping[str, float]]], sets: Sequence[str]) -> Figure:
     """Markov models as a curve over their order, neural models as lines across; what is above 2.1 is not drawn."""
-    figure, panels = _axes(len(sets), rows=2, sharey=True)
+    figure, panels = _axes(len(sets), rows=2)
     models = [(label, numbers) for label, numbers in rows if label.startswith(("Hyena", "Llama"))]
     for axes, name in zip(panels, sets, strict=True):
         counted = [(label, numbers) for label, numbers in rows if label.startswith("Markov") and name in numbers]
