@@ -372,7 +372,7 @@ def test_a_striped_model_goes_back_into_the_published_layout(layout, tmp_path):
     for file in golden(layout).glob("*.safetensors"):
         published |= load_file(file)
     written = load_file(tmp_path / "out" / "model.safetensors")
-    assert {key for key in published if "inv_freq" not in key} == set(written)
+    assert set(published) == set(written)
     for key, value in written.items():
         if "poles" in key or "residues" in key:  # one of a conjugate pair serves
             value, theirs = value.clone(), published[key].clone()
@@ -380,7 +380,8 @@ def test_a_striped_model_goes_back_into_the_published_layout(layout, tmp_path):
             theirs[..., 1] = torch.where(flipped, -theirs[..., 1], theirs[..., 1])
             torch.testing.assert_close(value, theirs, rtol=2e-6, atol=2e-6, msg=key)
         else:
-            torch.testing.assert_close(value, published[key].float(), rtol=1e-5, atol=2e-6, msg=key)
+            rounding = 2**-8 if "inv_freq" in key else 1e-5  # published in bfloat16, and computed anew by who reads it
+            torch.testing.assert_close(value.float(), published[key].float(), rtol=rounding, atol=2e-6, msg=key)
     ids = expected(layout)["input_ids"]
     torch.testing.assert_close(
         logits_of(load_checkpoint(tmp_path / "out", "stripedhyena"), ids), logits_of(model, ids), rtol=1e-5, atol=1e-5

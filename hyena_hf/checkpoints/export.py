@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hyena_hf.configuration_hyena import HyenaConfig
 from hyena_hf.filters import ImplicitFilter, ModalFilter, filter_times
+from hyena_hf.mixers.attention import rotary_formula
 from hyena_hf.ops.modal import NO_POLE, PI
 
 from .striped import rows_of_projections
@@ -266,6 +267,8 @@ def _striped_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _striped_hyena(layer.mixer, rows, prefix, _largest_count(config))
         else:
             yield from _striped_attention(layer.mixer, f"{prefix}inner_mha_cls.")
+            # computed by the published code too, from bfloat16 ones: but it refuses a file without
+            yield f"{prefix}inner_mha_cls.rotary_emb.inv_freq", rotary_formula(config).bfloat16()
 
 
 def _striped_hyena(mixer: Any, rows: Tensor, prefix: str, count: int) -> Iterator[tuple[str, Tensor]]:

@@ -34,14 +34,14 @@ def rotary_frequencies(config: HyenaConfig) -> tuple[Tensor, float]:
     if config.rope_frequency_dtype == "bfloat16":
         # rounded before positions are scaled, as in the published files
         factor = config.rope_parameters["factor"] if rope_type == "linear" else 1.0
-        return _frequencies(config).to(torch.bfloat16).to(torch.float32) / factor, 1.0
+        return rotary_formula(config).to(torch.bfloat16).to(torch.float32) / factor, 1.0
     if rope_type != "default":
         return ROPE_INIT_FUNCTIONS[rope_type](config)
-    return _frequencies(config), 1.0
+    return rotary_formula(config), 1.0
 
 
-def _frequencies(config: HyenaConfig) -> Tensor:
-    """Those of the original formula, float32 (head_dim / 2,)."""
+def rotary_formula(config: HyenaConfig) -> Tensor:
+    """Inverse frequencies of the original formula in float32 (head_dim / 2,)."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     return 1.0 / config.rope_parameters["rope_theta"] ** exponents
 
