@@ -20,6 +20,7 @@ from hyena_hf.checkpoints import (
     load_checkpoint,
     writing,
 )
+from hyena_hf.checkpoints.pickles import read_torch_file
 from hyena_hf.checkpoints.striped import modal_parameters, rows_of_projections
 from hyena_hf.filters import positional_features
 from hyena_hf.ops.modal import impulse_response
@@ -178,6 +179,63 @@ def test_a_fine_tuned_classifier_is_loaded_as_one(tmp_path):
     model = load_checkpoint(folder)
     assert isinstance(model, HyenaForSequenceClassification)
     assert torch.equal(model.score.weight, torch.ones(3, 16))
+
+
+def test_a_safari_model_in_its_trainers_form_is_no_dna_model(tmp_path):
+    folder = copy_of("safari-lm", tmp_path)
+    state = torch.load(folder / "hyena_tiny.ckpt", weights_only=True)  # noqa: TID251 (a file of ours)
+    torch.save({"state_dict": {f"model.{key}": value for key, value in state.items()}}, folder / "hyena_tiny.ckpt")
+    assert detect_layout(folder) == "safari-lm"
+    ids = expected("safari-lm")["input_ids"]
+    assert torch.equal(logits_of(load_checkpoint(folder), ids), logits_of(load_checkpoint(golden("safari-lm")), ids))
+
+
+def test_dna_weights_without_a_prefix_load_with_a_loud_note(tmp_path, caplog):
+    folder = copy_of("longsafari-seqlen", tmp_path)
+    state = torch.load(folder / "weights.ckpt", weights_only=True)["state_dict"]  # noqa: TID251 (a file of ours)
+    bare = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+    torch.save(bare, folder / "weights.ckpt")
+    with caplog.at_level("WARNING"):
+        load_checkpoint(folder)
+    assert "name its layout, longsafari-seqlen" in caplog.text
+    ids = expected("longsafari-seqlen")["input_ids"]
+    named = logits_of(load_checkpoint(folder, layout="longsafari-seqlen"), ids)
+    assert torch.equal(named, logits_of(load_checkpoint(golden("longsafari-seqlen")), ids))
+
+
+def test_a_name_elsewhere_in_the_path_changes_nothing(tmp_path):
+    folder = Path(shutil.copytree(golden("safari-lm"), tmp_path / "hyena-small-150b-tok" / "mine"))
+    assert load_checkpoint(folder).config.modulation
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize(("layout", "file"), [("safari-lm", "hyena_tiny.ckpt"), ("evo2", "evo2_7b.pt")])
+def test_wrappers_of_parallel_training_and_compilation_change_no_name(layout, file, wrapper, tmp_path):
+    folder = copy_of(layout, tmp_path)
+    state = {name: tensor.clone() for name, tensor in read_torch_file([folder / file]).items()}
+    torch.save({wrapper + key: value for key, value in state.items()}, folder / file)
+    ids = expected(layout)["input_ids"]
+    assert torch.equal(logits_of(load_checkpoint(folder), ids), logits_of(load_checkpoint(golden(layout)), ids))
+
+
+def test_a_model_does_not_live_in_the_file_it_came_from(tmp_path):
+    folder = copy_of("longsafari-seqlen", tmp_path)
+    model = load_checkpoint(folder)
+    ids = expected("longsafari-seqlen")["input_ids"]
+    before = logits_of(model, ids)
+    (folder / "weights.ckpt").write_bytes(b"")  # a mapping of it would end the process here
+    assert torch.equal(logits_of(model, ids), before)
+
+
+def test_names_of_classes_and_the_kind_of_problem_stay(tmp_path):
+    folder = copy_of("longsafari-hf", tmp_path)
+    state = load_file(folder / "model.safetensors")
+    del state["lm_head.weight"]
+    save_file({**state, "score.weight": torch.ones(2, 16)}, folder / "model.safetensors")
+    change_config(folder, id2label={"0": "exon", "1": "intron"}, problem_type="multi_label_classification")
+    config = load_checkpoint(folder).config
+    assert (config.id2label, config.label2id) == ({0: "exon", 1: "intron"}, {"exon": 0, "intron": 1})
+    assert config.problem_type == "multi_label_classification"
 
 
 def with_order_3(state, channel_major):

@@ -7,13 +7,15 @@ import os
 import pickle
 import shutil
 import subprocess
-from collections import defaultdict
+from collections import defaultdict, deque
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from hyena_hf import HyenaConfig, HyenaForCausalLM
 from hyena_hf.checkpoints import convert_checkpoint, export_checkpoint, load_checkpoint
 from hyena_hf.cli.main import main
 from tests.models import new_model
@@ -75,6 +77,7 @@ def test_settings_beside_the_weights_become_placeholders(tmp_path, monkeypatch):
     value = node()
     value.content = {"a": [1, 2]}
     settings = {"config": value, "space": argparse.Namespace(a=1), "table": defaultdict(int, a=1), "path": Path("a")}
+    settings |= {"queue": deque([1, 2]), Path("key"): 1, "names": {Path("b")}}
     torch.save({**stored, "hyper_parameters": settings, "bytes": io.BytesIO(b"abc")}, folder / "weights.ckpt")
     assert torch.equal(logits_of(load_checkpoint(folder), expected("longsafari-seqlen")["input_ids"]), truth)
     assert not calls
@@ -240,6 +243,61 @@ def test_a_repository_that_cannot_be_fetched_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"nobody/nothing .*could not be fetched"):
         load_checkpoint("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 8, "proj_groups": 2}, "rotary frequencies, but num_attention_heads=8"),
+        ({"hidden_size": 64}, "says hidden_size=64, but its weights 32"),
+        ({"num_layers": 9}, "says num_layers=9, but its weights 4"),
+        ({"attn_layer_idxs": [0]}, r"says attn_layer_idxs=\[0\], but its weights"),
+        ({"vocab_size": 97}, "vocab_size=97, but its embedding has 96 rows"),
+    ],
+)
+def test_a_configuration_of_another_striped_model_is_refused(changes, message, tmp_path):
+    folder = copy_of("stripedhyena", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("field", ["learned_positions", "type_vocab_size"])
+def test_parts_of_other_models_are_not_dropped_on_the_way_out(field, tmp_path):
+    stored = load_checkpoint(golden("longsafari-hf")).config.to_dict()
+    model = HyenaForCausalLM(HyenaConfig.from_dict({**stored, field: True if field == "learned_positions" else 2}))
+    with pytest.raises(ValueError, match=field):
+        export_checkpoint(model, tmp_path / "out", "longsafari-hf")
+
+
+def test_adapters_that_are_not_merged_are_not_dropped_on_the_way_out(tmp_path):
+    model = load_checkpoint(golden("longsafari-hf"))
+    tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2))
+    with pytest.raises(TypeError, match="merge_and_unload"):
+        export_checkpoint(tuned, tmp_path / "out", "longsafari-hf")
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        export_checkpoint(tuned.get_base_model(), tmp_path / "out", "longsafari-hf")
+
+
+def test_an_interrupted_end_of_a_conversion_leaves_nothing(tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if self.name == "config.json":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(golden("longsafari-hf"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_this_package_is_pointed_to_its_own_loader(tmp_path):
+    load_checkpoint(golden("longsafari-hf")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="AutoModelForCausalLM"):
+        load_checkpoint(tmp_path)
 
 
 def test_an_output_that_exists_is_left_alone(tmp_path):

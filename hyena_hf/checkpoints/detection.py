@@ -4,6 +4,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from hyena_hf.configuration_hyena import HyenaConfig
+
 from . import m2_bert, safari, striped
 from .files import Source, open_source
 from .layout import Conversion
@@ -28,6 +30,10 @@ def layout_of(source: Source, layout: str | None = None) -> str:
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r} is not known; choose from {', '.join(LAYOUTS)}, or leave it out")
         return layout
+    if source.config.get("model_type") == HyenaConfig.model_type:
+        raise ValueError(
+            f"{source.name} is a model of this package already; load it with AutoModelForCausalLM.from_pretrained"
+        )
     found = next((name for name in (detect(source) for detect in _DETECTORS) if name is not None), None)
     if found is None:
         names = source.tensors.names()

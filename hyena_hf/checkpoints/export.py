@@ -18,6 +18,7 @@ from torch import Tensor
 from hyena_hf.configuration_hyena import HyenaConfig
 from hyena_hf.filters import ImplicitFilter, ModalFilter, filter_times
 from hyena_hf.mixers.attention import rotary_formula
+from hyena_hf.modeling_hyena import HyenaForCausalLM
 from hyena_hf.ops.modal import NO_POLE, PI
 
 from .striped import rows_of_projections
@@ -44,6 +45,13 @@ def export_checkpoint(model: Any, output: str | Path, layout: str) -> None:
     """
     if layout not in EXPORTS:
         raise ValueError(f"layout {layout!r} cannot be written; choose from {', '.join(EXPORTS)}")
+    if not isinstance(model, HyenaForCausalLM):
+        raise TypeError(
+            f"only a HyenaForCausalLM can be written, got {type(model).__name__}; merge adapters first, "
+            f"model = model.merge_and_unload()"
+        )
+    if any("lora_" in name or ".base_layer." in name for name, _ in model.named_parameters()):
+        raise ValueError("the model holds adapters beside its weights; merge them first, model.merge_and_unload()")
     target = Path(output)
     check_output(target)
     required, describe, tensors = EXPORTS[layout]
@@ -71,6 +79,16 @@ def _refuse(config: HyenaConfig, required: dict[str, Any], layout: str) -> None:
         raise ValueError(f"the layout {layout} has no place for {listed}")
 
 
+# Parts that only other published models have.
+_PLAIN = {
+    "block_type": "pre_norm",
+    "learned_positions": False,
+    "type_vocab_size": 0,
+    "mlp_blocks": 1,
+    "residual_conv": False,
+}
+
+
 def _required_of_hyenadna(config: HyenaConfig) -> dict[str, Any]:
     """Fields that the published code of this layout fixes."""
     layers = config.num_hidden_layers
@@ -91,6 +109,7 @@ def _required_of_hyenadna(config: HyenaConfig) -> dict[str, Any]:
         "gated_mlp": False,
         "mlp_bias": True,
         "use_bias": True,
+        **_PLAIN,
     }
 
 
@@ -175,6 +194,7 @@ def _required_of_striped(config: HyenaConfig) -> dict[str, Any]:
         "gated_mlp": True,
         "mlp_bias": False,
         "rope_frequency_dtype": "float32",
+        **_PLAIN,
         "head_dim": config.hidden_size // (config.num_attention_heads or 1),
         "layer_types": ["full_attention" if kind != "hyena" else kind for kind in config.layer_types],
         "filter_types": [
@@ -182,6 +202,8 @@ def _required_of_striped(config: HyenaConfig) -> dict[str, Any]:
             for mixer, kind in zip(config.layer_types, config.filter_types, strict=True)
         ],
     }
+    if "hyena" not in config.layer_types:
+        raise ValueError("the layout stripedhyena needs a Hyena layer, but all of this model are attention")
     for name, choices in (("norm_type", ("rms_norm_outer_eps", "rms_norm")), ("hidden_act", ("silu", "gelu"))):
         if getattr(config, name) not in choices:
             required[name] = choices[0]

@@ -200,6 +200,8 @@ def _of_index(folder: Path, index: Path) -> list[Path]:
     listed = _read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise ValueError(f"{index} has no weight_map; copy the file again")
+    if not all(isinstance(name, str) and Path(name).name == name for name in listed.values()):
+        raise ValueError(f"{index} names shards that are no plain file names; copy the file again")
     names = sorted(set(listed.values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -236,7 +238,7 @@ def _open_safetensors(path: Path) -> Any:
 def _read_config(folder: Path) -> dict[str, Any]:
     """The configuration beside the weights: config.json, or the only other file that looks like one."""
     if (folder / "config.json").is_file():
-        return _read_json(folder / "config.json")
+        return _unwrapped(_read_json(folder / "config.json"))
     found = list(_other_configs(folder))
     if len(found) > 1:
         raise ValueError(
@@ -244,6 +246,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"rename the right one to config.json"
         )
     return found[0][1] if found else {}
+
+
+def _unwrapped(content: dict[str, Any]) -> dict[str, Any]:
+    """The model's part, which safari's trainer puts under "model"."""
+    return content["model"] if isinstance(content.get("model"), dict) else content
 
 
 def _other_configs(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -254,8 +261,7 @@ def _other_configs(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             content = _read_yaml(path)
         else:
             continue
-        # safari's trainer puts the model's part under "model"
-        content = content.get("model", content) if isinstance(content.get("model"), dict) else content
+        content = _unwrapped(content)
         if {"d_model", "hidden_size"} & set(content):
             yield path, content
 
@@ -279,8 +285,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML ({error}); copy it again") from error
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return {}  # not ours: other programs' files lie beside weights too
     return content if isinstance(content, dict) else {}
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every reader of a published layout produces: a config, and our tensors one at a time."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,9 @@ from .files import Source
 
 
 Read = Callable[[], Tensor]
+
+# What parallel training and compilation put before the names of a state dict.
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 
 
 @dataclass

@@ -34,7 +34,8 @@ def load_checkpoint(path_or_repo: str | Path, layout: str | None = None, revisio
     conversion = open_checkpoint(path_or_repo, layout, revision)
     for warning in conversion.warnings:
         logger.warning("%s: %s", path_or_repo, warning)
-    state = dict(conversion.checked())
+    # copies: a model must not live in a mapped file, which somebody may overwrite
+    state = {name: tensor.clone() for name, tensor in conversion.checked()}
     model = conversion.model_class.from_pretrained(
         None, config=conversion.config, state_dict=state, dtype=conversion.dtype
     )

@@ -34,7 +34,7 @@ from hyena_hf.filters import filter_times
 from hyena_hf.heads import HyenaForMaskedLM, HyenaForTextEncoding
 
 from .files import Source
-from .layout import Conversion, Read, Reader, refuse_settings
+from .layout import WRAPPERS, Conversion, Read, Reader, refuse_settings
 
 
 # Largest difference between stored and computed times that rounding explains.
@@ -78,7 +78,7 @@ _LINEAR = re.compile(r"encoder\.layer\.0\.attention\.filter_fn\.implicit_filter\
 
 def canonical_name(published: str) -> str | None:
     """The name inside BERT, without what trainers and heads put before it; None for what is no weight."""
-    name = published.removeprefix("model.").removeprefix("bert.")
+    name = WRAPPERS.sub("", published).removeprefix("model.").removeprefix("bert.")
     return None if _BESIDES.search(name) else name
 
 

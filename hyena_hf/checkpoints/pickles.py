@@ -42,6 +42,18 @@ class Placeholder(dict):
     def __setstate__(self, state: Any) -> None:
         """Nothing."""
 
+    def __hash__(self) -> int:  # pyright: ignore (a dict has none; objects among keys and in sets need one)
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def append(self, item: Any) -> None:
+        """Nothing."""
+
+    def extend(self, items: Any) -> None:
+        """Nothing."""
+
     def __setitem__(self, key: Any, value: Any) -> None:
         """Nothing."""
 
@@ -125,7 +137,9 @@ def read_torch_file(paths: list[Path]) -> dict[str, Any]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0][:200]
+    first = str(error).partition("\n")[0][:200]
+    # torch's own advice is to let the file run code
+    return type(error).__name__ if "weights_only" in first else first
 
 
 def _load(paths: list[Path], name: str) -> Any:
@@ -160,9 +174,15 @@ def _empty(*args: Any) -> dict:  # noqa: ARG001 (swallowed on purpose)
     return {}
 
 
+def _empty_list(*args: Any) -> list:  # noqa: ARG001 (swallowed on purpose)
+    return []
+
+
 def _placeholder(full: str) -> Any:
     if full == "collections.defaultdict":
         return _empty  # torch sets items of plain dictionaries only
+    if full == "collections.deque":
+        return _empty_list  # and appends to plain lists only
     return type(full.rpartition(".")[2], (Placeholder,), {})
 
 

@@ -16,6 +16,7 @@ All three name tensors alike. What differs, and what these files do not say, is 
 
 import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from hyena_hf.heads import HyenaForSequenceClassification
 from hyena_hf.modeling_hyena import HyenaForCausalLM
 
 from .files import Source
-from .layout import Conversion, Read, Reader, refuse_settings
+from .layout import WRAPPERS, Conversion, Read, Reader, refuse_settings
 
 
 # Rows of positional features that are compared with the formula at once.
@@ -44,12 +45,15 @@ _BESIDES = re.compile(r"^(train|val|test)?_?(torch)?metrics\.|^(loss|loss_val)\.
 
 _FILTER = "mixer.filter_fn."
 
+# Rows of a DNA model's embedding: twelve tokens, or padded to a multiple of eight.
+_DNA_ROWS = (12, 16)
+
 
 def canonical_name(published: str) -> str | None:
     """The name inside the backbone's owner, without what wrappers put around it; None for what is no weight."""
     if _BESIDES.search(published):
         return None
-    name = published
+    name = WRAPPERS.sub("", published)
     for prefix in ("model.", "hyena."):
         name = name.removeprefix(prefix)
     # modules that recompute activations (`checkpoint_mixer`, `checkpoint_mlp`) wrap the one they hold
@@ -68,9 +72,14 @@ def layout_of(source: Source) -> str | None:
     names = source.tensors.names()
     if source.config.get("model_type") == "hyenadna" or any(name.startswith("hyena.backbone.") for name in names):
         return "longsafari-hf"
-    if any(name.startswith("model.backbone.") for name in names):
-        return "longsafari-seqlen"
-    return "safari-lm"
+    # safari's own trainer puts "model." before its names too
+    in_trainer = any(WRAPPERS.sub("", name).startswith("model.backbone.") for name in names)
+    return "longsafari-seqlen" if in_trainer and _has_dna_rows(source) else "safari-lm"
+
+
+def _has_dna_rows(source: Source) -> bool:
+    table = [name for name in source.tensors.names() if name.endswith("embeddings.word_embeddings.weight")]
+    return bool(table) and source.tensors.shape(table[0])[0] in _DNA_ROWS
 
 
 def read(source: Source, layout: str) -> Conversion:
@@ -81,6 +90,14 @@ def read(source: Source, layout: str) -> Conversion:
     settings = _settings(source, layout)
     dna = layout != "safari-lm"
     notes: list[str] = []
+    warnings: list[str] = []
+    if not dna and _has_dna_rows(source):
+        warnings.append(
+            "The vocabulary is as small as that of DNA models; if this is a HyenaDNA, name its layout, "
+            "longsafari-seqlen, whose windows are shifted."
+        )
+    if not settings["modulation"] and source.config.get("layer", {}).get("modulate"):
+        warnings.append("Its configuration asks for modulation, but the released results are those without.")
     config = _config(source, reader, settings, layout, notes)
     tensors = _tensors(reader, config, channel_major=not dna)
     model_class: Any = HyenaForCausalLM
@@ -88,6 +105,7 @@ def read(source: Source, layout: str) -> Conversion:
         model_class = HyenaForSequenceClassification
         tensors["score.weight"] = reader.lazily("score.weight")
         config.num_labels = reader.shape("score.weight")[0]
+        _keep_labels(source, config)
         reader.drop("lm_head.weight")
         config.tie_word_embeddings = True
     elif not config.tie_word_embeddings:
@@ -100,8 +118,18 @@ def read(source: Source, layout: str) -> Conversion:
         model_class,
         partial(_nucleotide_tokenizer, config.max_position_embeddings) if dna else None,
         notes,
+        warnings,
         dtype=reader.dtype("backbone.embeddings.word_embeddings.weight"),
     )
+
+
+def _keep_labels(source: Source, config: HyenaConfig) -> None:
+    """Names of classes and kind of problem of a classifier."""
+    names = source.config.get("id2label")
+    if isinstance(names, dict) and len(names) == config.num_labels:
+        config.id2label = {int(label): name for label, name in names.items()}
+        config.label2id = {name: label for label, name in config.id2label.items()}
+    config.problem_type = source.config.get("problem_type")
 
 
 def _nucleotide_tokenizer(longest: int) -> Any:
@@ -114,6 +142,8 @@ def _settings(source: Source, layout: str) -> dict[str, Any]:
     """What only the configuration knows, by our names of it."""
     raw = source.config
     if layout == "longsafari-hf":
+        # the published code reads it for the last norm only
+        refuse_settings(raw, {"layer_norm_epsilon": 1e-5}, f"{source.name}: its configuration")
         return {
             "modulation": True,
             "shift": 0.05,
@@ -129,7 +159,9 @@ def _settings(source: Source, layout: str) -> dict[str, Any]:
     if not isinstance(layer, dict):
         raise ValueError(f"{source.name}: 'layer' in its configuration must be an object, got {layer!r}")
     ignored = {"num_blocks": 1, "num_heads": 1, "inner_factor": 1, "bidirectional": False, "normalized": False}
-    refuse_settings(layer, {**ignored, "activation": "id", "post_order_ffn": False}, f"{source.name}: layer")
+    refuse_settings(
+        layer, {**ignored, "activation": "id", "post_order_ffn": False, "bias": True}, f"{source.name}: layer"
+    )
     if raw.get("attn_layer_idx"):
         raise ValueError(
             f"{source.name} has attention layers {raw['attn_layer_idx']}; no such checkpoint is published"
@@ -153,11 +185,11 @@ def _settings(source: Source, layout: str) -> dict[str, Any]:
 def _is_modulated(source: Source, layout: str, layer: dict[str, Any]) -> bool:
     """Whether filters are multiplied by windows: files hold the windows' rates either way."""
     for known, modulated in _MODULATED.items():
-        if known in source.title or known in source.name:
+        if layout == "safari-lm" and known in [Path(part).stem for part in source.title.split("/")]:
             return modulated  # whatever its training configuration says, see the top of this file
     if "modulate" in layer or layout != "safari-lm":
         return layer.get("modulate", True)
-    if source.config:
+    if layer or "d_model" in source.config:
         return True  # the published default
     raise ValueError(
         f"{source.name}: whether filters are modulated stands in no weight, and there is no configuration; put a "

@@ -27,7 +27,7 @@ from hyena_hf.configuration_hyena import HyenaConfig
 from hyena_hf.ops.modal import NO_POLE
 
 from .files import Source
-from .layout import Conversion, Read, Reader, refuse_settings
+from .layout import WRAPPERS, Conversion, Read, Reader, refuse_settings
 
 
 # Rows of Evo's embedding, of which bytes use the first half.
@@ -56,7 +56,7 @@ _BESIDES = re.compile(r"(\._extra_state|\.filter\.t)$|fftconv|twiddle_factors|^b
 
 def canonical_name(published: str) -> str | None:
     """The name inside the model that owns the blocks; None for what is no weight."""
-    name = published.removeprefix("module.").removeprefix("sh.").removeprefix("backbone.")
+    name = WRAPPERS.sub("", published).removeprefix("sh.").removeprefix("backbone.")
     return None if _BESIDES.search(name) else name
 
 
@@ -68,9 +68,10 @@ def layout_of(source: Source) -> str | None:
         return "evo2"
     if "poles" not in found:
         return None
-    raw = source.config
-    bytes_only = raw.get("tokenizer_type") == "CharLevelTokenizer" or raw.get("vocab_size") == _BYTE_VOCABULARY
-    return "evo1" if bytes_only and not (source.folder / "tokenizer.json").is_file() else "stripedhyena"
+    kind = source.config.get("tokenizer_type")
+    table = next((name for name in source.tensors.names() if canonical_name(name) == "embedding_layer.weight"), None)
+    rows = None if table is None else source.tensors.shape(table)[0]
+    return "evo1" if kind == "CharLevelTokenizer" or (kind is None and rows == _BYTE_VOCABULARY) else "stripedhyena"
 
 
 def read(source: Source, layout: str) -> Conversion:
@@ -80,6 +81,7 @@ def read(source: Source, layout: str) -> Conversion:
         raise ValueError(f"{source.name} has no embedding_layer.weight: it is no {layout} checkpoint")
     warnings: list[str] = []
     raw = _settings(source, reader, layout, warnings)
+    _check_claims(reader, raw)
     config = _config(reader, raw, layout)
     conversion = Conversion(layout, config, _tensors(reader, raw, config, warnings), warnings=warnings)
     conversion.dtype = reader.dtype("embedding_layer.weight")
@@ -120,9 +122,49 @@ def _settings(source: Source, reader: Reader, layout: str, warnings: list[str]) 
                 f"{source.name}: its configuration has no {name}; put the published config.json (or .yml) beside the "
                 f"weights"
             )
+    if layout == "stripedhyena" and raw.get("model_type") == "stripedhyena":
+        silent = [name for name in ("rotary_emb_base", "use_flash_rmsnorm", "eps", "proj_groups") if name not in raw]
+        if silent:
+            warnings.append(
+                f"The configuration says nothing of {', '.join(silent)}: taken as the package stripedhyena does, not "
+                f"as the configuration class of its repository."
+            )
     expected: dict[str, Any] = {"final_norm": True, "smeared_gqa": False, "hyena_filter_groups": 1}
     refuse_settings(raw, expected, f"{source.name}: its configuration")
     return raw
+
+
+def _check_claims(reader: Reader, raw: dict[str, Any]) -> None:
+    """Raise where a configuration contradicts its weights."""
+    vocab, width = reader.shape("embedding_layer.weight")
+    heads, groups = raw["num_attention_heads"], raw.get("proj_groups", 1)
+    found: dict[str, Any] = {"hidden_size": width, "inner_mlp_size": reader.shape("blocks.0.mlp.l1.weight")[0]}
+    blocks = {int(name.split(".")[1]) for name in reader.names() if name.startswith("blocks.")}
+    found["num_layers"] = len(blocks)
+    attention = [block for block in sorted(blocks) if f"blocks.{block}.inner_mha_cls.Wqkv.weight" in reader]
+    found["attn_layer_idxs"] = attention
+    for name, value in found.items():
+        if raw.get(name) is not None and raw[name] != value:
+            raise ValueError(
+                f"{reader.source.name}: its configuration says {name}={raw[name]}, but its weights {value}; check "
+                f"that both come from the same model"
+            )
+    if raw.get("vocab_size") is not None and raw["vocab_size"] > vocab:
+        raise ValueError(f"{reader.source.name}: vocab_size={raw['vocab_size']}, but its embedding has {vocab} rows")
+    if width % heads or heads % groups:
+        raise ValueError(f"{reader.source.name}: {heads} heads in {groups} groups do not divide a width of {width}")
+    head = width // heads
+    for block in attention:
+        prefix = f"blocks.{block}.inner_mha_cls."
+        rows, expected = reader.shape(f"{prefix}Wqkv.weight")[0], (heads + 2 * heads // groups) * head
+        frequencies = f"{prefix}rotary_emb.inv_freq"
+        pairs = reader.shape(frequencies)[0] if frequencies in reader else head // 2
+        if rows != expected or pairs != head // 2:
+            raise ValueError(
+                f"{reader.source.name}: block {block} has {rows} rows of queries, keys and values and {pairs} rotary "
+                f"frequencies, but num_attention_heads={heads} and proj_groups={groups} ask for {expected} and "
+                f"{head // 2}; check the configuration"
+            )
 
 
 def _completed_evo2(source: Source, reader: Reader, raw: dict[str, Any], warnings: list[str]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def convert_checkpoint(
     target = Path(output)
     check_output(target)
     conversion = open_checkpoint(path_or_repo, layout, revision)
-    work = target / _UNFINISHED
+    work, moved = target / _UNFINISHED, []
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
@@ -62,11 +62,14 @@ def convert_checkpoint(
         if conversion.tokenizer is not None:
             conversion.tokenizer().save_pretrained(work)
         (work / "README.md").write_text(_card(conversion, str(path_or_repo), numbers), encoding="utf-8")
+        # the config last: without it nobody takes the folder for a model
         for path in sorted(work.iterdir(), key=lambda path: path.name == "config.json"):
-            path.rename(target / path.name)  # the config last: without it nobody takes the folder for a model
+            moved.append(path.rename(target / path.name))
         work.rmdir()
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
+        for path in moved:
+            path.unlink(missing_ok=True)
         if target.is_dir() and not any(target.iterdir()):
             target.rmdir()
         raise
