@@ -67,6 +67,16 @@ def test_tables_give_a_column(tmp_path, kind):
     assert pairs(path, column="dna", id_column="name") == [("x", "ACGT"), ("y", "NA")]
 
 
+def test_quotes_a_byte_order_mark_and_blank_lines_at_the_end_move_no_field(tmp_path):
+    text = b'\xef\xbb\xbfsequence,note\r\nAC,"1,\r\n2"\r\nGT,\r\n\r\n'
+    assert pairs(written(tmp_path, "x.csv", text)) == [("1", "AC"), ("2", "GT")]
+
+
+def test_a_field_of_a_table_may_be_longer_than_csv_takes_by_default(tmp_path):
+    letters = "ACGT" * 50_000
+    assert pairs(written(tmp_path, "x.csv", f"sequence\n{letters}\n")) == [("1", letters)]
+
+
 PACKED = gzip.compress(b">a\n" + bytes(range(65, 85)) * 5000)
 
 
@@ -88,6 +98,13 @@ PACKED = gzip.compress(b">a\n" + bytes(range(65, 85)) * 5000)
         ("x.csv", "", "is empty"),
         ("x.csv", "sequence,a\nACGT,1\n,2\n", "record 2 of .* has no letters"),
         ("x.csv", "dna\nACGT\n", "no column 'sequence' but dna"),
+        ("x.csv", "sequence,a\nACGT,1,\nCCCC,2,\n", "line 2 has 3 fields, but the header names 2"),
+        ("x.csv", 'a,sequence\n"1\n2",AC\n3\n', "line 4 has 1 fields, but the header names 2"),
+        ("x.tsv", "id\tsequence\na\tAC\tGT\n", "line 2 has 3 fields"),
+        ("x.csv", "sequence\nACGT\n\nCCCC\n", "line 3 is blank"),
+        ("x.csv", 'sequence\nACGT\n""\n', "record 2 of .* has no letters"),
+        ("x.csv", "sequence,sequence\nA,C\n", "names 'sequence' 2 times"),
+        ("x.csv", 'sequence\n"ACGT\n', "mend its quotes"),
         ("x.jsonl", '{"sequence": 1}\n', "holds int, not text"),
         ("x.jsonl", "{half\n", "cannot be read as a table"),
         ("x.parquet", "PAR1", "cannot be read as a table"),

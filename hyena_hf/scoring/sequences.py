@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named sequences from files: FASTA and FASTQ by pysam, tables by datasets and pandas, or lines; windows of them.
+"""Named sequences from files: FASTA and FASTQ by pysam, tables by datasets and csv, or lines; windows of them.
 
 | suffix, `.gz` behind it where marked * | is read as                                      | case      |
 |----------------------------------------|-------------------------------------------------|-----------|
@@ -14,6 +14,7 @@ Lower case marks repeats in FASTA (soft masking), and published DNA models were 
 
 from __future__ import annotations
 
+import csv
 import gzip
 import zlib
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,7 @@ FASTQ = (".fq", ".fastq")
 LINES = (".txt", ".seq")
 TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 CASES = ("auto", "upper", "keep")
+_FIELD = 2**31 - 1  # letters of a field of CSV
 _AMBIGUOUS = "RYSWKMBDHV"
 _LOWER = bytes(range(ord("a"), ord("z") + 1))
 _BOTH_CASES = (_AMBIGUOUS + _AMBIGUOUS.lower()).encode()
@@ -211,20 +213,39 @@ def _rows(datasets: Any, path: Path) -> Iterator[dict[str, Any]]:
         if isinstance(rows, dict):
             raise ValueError(f"it holds several splits, {', '.join(rows)}; name the folder of one")
         yield from rows
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:  # pyarrow's and pandas' are ValueErrors
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:  # pyarrow's are ValueErrors
         raise ValueError(f"{path} cannot be read as a table: {error}") from error
 
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """By pandas: the reader of datasets leaves files open when one stops early, and takes NA for nothing."""
-    import pandas as pd
-
+    """By csv: pandas takes surplus fields for an index and skips blank lines, which shifts the others."""
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    with pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, chunksize=1000) as tables:
-        for table in tables:
-            names = list(table.columns)
-            for row in table.itertuples(index=False, name=None):
-                yield dict(zip(names, row, strict=True))
+    csv.field_size_limit(_FIELD)  # the default, 131,072 letters, is less than a contig
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from _named_fields(csv.reader(file, delimiter=separator, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{error}; mend its quotes, or write it again") from error
+
+
+def _named_fields(lines: Any) -> Iterator[dict[str, str]]:
+    names: list[str] = next(lines, [])
+    if repeated := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
+        raise ValueError(f"its header names {repeated[0]!r} {names.count(repeated[0])} times; rename one")
+    blank, first = None, lines.line_num + 1
+    for fields in lines:
+        number, first = first, lines.line_num + 1  # a field in quotes may have several lines
+        if not fields or (len(fields) == 1 and fields[0].isspace()):
+            blank = blank or number
+            continue
+        if blank is not None:  # at the end of a file it is none
+            raise ValueError(f"line {blank} is blank; remove it")
+        if len(fields) != len(names):
+            raise ValueError(
+                f"line {number} has {len(fields)} fields, but the header names {len(names)}; mend that line or the "
+                f"header (a field that holds the separator needs quotes)"
+            )
+        yield dict(zip(names, fields, strict=True))
 
 
 def windows(records: Iterable[Record], length: int, stride: int | None = None) -> Iterator[Record]:
