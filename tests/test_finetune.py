@@ -300,6 +300,25 @@ def test_a_folder_of_another_run_is_refused_with_the_difference(whole):
         run(whole[0], recipe_of("sequence", class_weights=None))
 
 
+def other_weights():
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[3, 5] += 1e-6
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "key"),
+    [
+        (other_weights, "weights_digest"),
+        (lambda: tiny(norm_eps=1e-3), "config_digest"),
+    ],
+)
+def test_a_finished_run_of_another_pretrained_model_is_refused(whole, model, key):
+    with pytest.raises(ValueError, match=f"holds another run: {key} "):
+        run(whole[0], model=model())
+
+
 def interrupt_after_step_5(clock, args, state, control, **kwargs):  # noqa: ARG001 (a callback's signature)
     if state.global_step == 5:
         raise KeyboardInterrupt

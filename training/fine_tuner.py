@@ -18,6 +18,7 @@ weights out, so that runs with different ones can be compared.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -52,6 +53,9 @@ from training.warmup import Stage, StagedRows, StepBatches, describe
 
 TASK_KINDS = ("sequence", "token", "lm")
 COMMAND_FILE = "finetune.json"
+PROVENANCE = frozenset(
+    ["_name_or_path", "_commit_hash", "transformers_version"]
+)  # of a configuration, not its content
 EVALUATIONS = 20  # in a run, where nothing else is asked for
 
 
@@ -298,7 +302,8 @@ def fine_tune(
 
     Args:
         model: with the head that the task needs, also inside a `PeftModel` or with frozen parameters. It is trained in
-            place; the best state is in OUTPUT/model, and loaded from there only.
+            place; the best state is in OUTPUT/model, and loaded from there only. To go on with a run, give the model
+            as it was when the run was begun: weights and configuration are compared.
         data: rows of the task.
         output_dir: holds everything about this run; another run needs another folder.
         recipe: see `FineTuneRecipe`.
@@ -466,11 +471,28 @@ def _description(model: Any, data: FineTuneData, recipe: FineTuneRecipe) -> dict
         **asdict(recipe),
         "model": type(inner).__name__,
         "model_digest": model_digest(model),
+        "weights_digest": _weights_digest(model),
+        "config_digest": _config_digest(inner),
         "trained_parameters": trained,
         "train_digest": data.train.digest(),
         "validation_digest": data.validation.digest(),
     }
     return json.loads(json.dumps(this))
+
+
+def _weights_digest(model: nn.Module) -> str:
+    """A short hash of names, types and all bytes of what a model starts from."""
+    content = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        content.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        content.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return content.hexdigest()[:16]
+
+
+def _config_digest(model: Any) -> str:
+    """A short hash of a model's configuration, but for where it was loaded from and which version wrote it."""
+    fields = {name: value for name, value in model.config.to_dict().items() if name not in PROVENANCE}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _is_over(checkpoint: Path, steps: int, recipe: FineTuneRecipe) -> bool:
