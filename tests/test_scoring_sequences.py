@@ -4,13 +4,16 @@ Run: python -m pytest tests/test_scoring_sequences.py -q
 """
 
 import gzip
+import random
 
 import datasets
 import pandas as pd
+import pysam
 import pytest
 
 from hyena_hf import HyenaByteTokenizer, HyenaNucleotideTokenizer
 from hyena_hf.scoring import read_sequences
+from hyena_hf.scoring.reference import Reference
 from hyena_hf.scoring.sequences import Cleaning, Record, windows
 
 
@@ -121,6 +124,19 @@ def test_a_packed_file_that_ends_early_is_refused(tmp_path, suffix):
     path.write_bytes(PACKED[:-20])
     with pytest.raises(ValueError, match="copy it again"):
         pairs(path)
+
+
+def test_a_file_of_bgzip_that_is_cut_off_between_two_blocks_is_refused(tmp_path):
+    draw, path = random.Random(0), tmp_path / "x.fa.gz"
+    with pysam.BGZFile(str(path), "wb") as file:
+        file.write("".join(f">r{index}\n{''.join(draw.choices('ACGT', k=60))}\n" for index in range(5000)).encode())
+    assert len(pairs(path)) == 5000
+    data = path.read_bytes()
+    second = int.from_bytes(data[16:18], "little") + 1
+    path.write_bytes(data[:second])
+    for read in (pairs, Reference):
+        with pytest.raises(ValueError, match=r"x\.fa\.gz is cut off"):
+            read(path)
 
 
 def test_a_missing_file_is_named(tmp_path):

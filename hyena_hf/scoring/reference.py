@@ -23,6 +23,8 @@ AMBIGUOUS = {
 _LETTERS = set("ACGTNU") | set(AMBIGUOUS)
 _TO_N = str.maketrans(dict.fromkeys([*AMBIGUOUS, "U"], "N"))
 _GZIP, _BLOCKED = b"\x1f\x8b", b"BC"  # of a blocked gzip file: a field of this name at byte 12
+# SAM specification, 4.1.2: the empty block that ends such a file
+_LAST_BLOCK = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
 
 
 class Reference:
@@ -38,7 +40,8 @@ class Reference:
 
     Raises:
         ImportError: pysam is not installed.
-        ValueError: No such file, no FASTA, lines of unequal length inside a sequence, or a name that comes twice.
+        ValueError: No such file, no FASTA, cut off or damaged, lines of unequal length inside a sequence, or a name
+            that comes twice.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -146,6 +149,24 @@ def compression(path: Path) -> str:
     return "bgzf" if start[12:14] == _BLOCKED else "gzip"
 
 
+def check_end(path: Path) -> None:
+    """Refuse a blocked gzip file that was cut off between two blocks, where every block that is left is whole.
+
+    Raises:
+        ValueError: It does not end with the empty block that marks the end.
+    """
+    if compression(path) != "bgzf":
+        return
+    with path.open("rb") as handle:
+        handle.seek(max(path.stat().st_size - len(_LAST_BLOCK), 0))
+        end = handle.read()
+    if end != _LAST_BLOCK:
+        raise ValueError(
+            f"{path} is cut off: it lacks the empty block of {len(_LAST_BLOCK)} bytes that ends a file of bgzip; copy "
+            f"it again, or pack it anew (`bgzip`)"
+        )
+
+
 def unpacked(path: Path, folder: Path) -> Path:
     """A copy of a plain gzip file without compression.
 
@@ -170,6 +191,7 @@ def _opened(path: Path, stack: ExitStack) -> Any:
     pysam = pysam_module()
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; name a FASTA file")
+    check_end(path)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hyena-reference-")))
     readable = unpacked(path, folder) if compression(path) == "gzip" else path
     _check_start(path, readable)

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+from .reference import check_end
+
 
 FASTA = (".fa", ".fasta", ".fna", ".ffn", ".faa")
 FASTQ = (".fq", ".fastq")
@@ -123,6 +125,7 @@ def _read_fastx(path: Path, sign: bytes) -> Iterator[Record]:
         import pysam
     except ImportError as error:
         raise ImportError("FASTA and FASTQ are read by pysam: pip install 'hyena-hf[genomes]'") from error
+    check_end(path)
     # htslib would skip what stands before the first record, and all of a file without any
     with _open(path) as file:
         try:
