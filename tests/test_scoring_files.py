@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_scoring_files.py -q
 """
 
+import copy
 import json
 import random
 import signal
@@ -14,12 +15,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from safetensors import safe_open
 
 from hyena_hf import HyenaByteTokenizer, HyenaNucleotideTokenizer
 from hyena_hf.cli import embed as embed_command
 from hyena_hf.cli import score as score_command
 from hyena_hf.scoring import embed, score, shards
+from hyena_hf.scoring.forward import Forward
+from hyena_hf.scoring.manifest import model_fingerprint
 from tests.models import new_model
 from tests.test_scoring_distributed import command
 
@@ -196,3 +200,33 @@ def test_the_tokenizer_of_another_model_is_refused(folder, tmp_path):
     HyenaByteTokenizer().save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="record 'r0' holds token 84, but the model knows 12"):
         run("score", folder, tmp_path / "out", model=tmp_path / "bare")
+
+
+def test_the_fingerprint_of_a_model_is_another_when_any_value_is():
+    model = new_model(vocab_size=12, hidden_size=128, num_hidden_layers=1, intermediate_size=256, pad_token_id=4)
+    before = model_fingerprint(model)
+    assert model_fingerprint(copy.deepcopy(model)) == before
+    for name, parameter in model.named_parameters():
+        at = parameter.numel() - 2 if parameter.numel() > 1 else 0
+        value = parameter.data.view(-1)[at].item()
+        parameter.data.view(-1)[at] = value + 1
+        assert model_fingerprint(model) != before, name
+        parameter.data.view(-1)[at] = value
+    assert model_fingerprint(model) == before
+
+
+def test_the_fingerprint_of_a_model_tells_which_adapter_is_active():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    options = {"r": 2, "target_modules": ["in_proj"], "init_lora_weights": False}
+    tuned = peft.get_peft_model(model_of(), peft.LoraConfig(**options))
+    tuned.add_adapter("other", peft.LoraConfig(**options))
+    inner = Forward(tuned).model
+    first = model_fingerprint(inner)
+    tuned.set_adapter("other")
+    second = model_fingerprint(inner)
+    with tuned.disable_adapter():
+        none = model_fingerprint(inner)
+    assert len({first, second, none, model_fingerprint(model_of())}) == 4
+    tuned.set_adapter("default")
+    assert model_fingerprint(inner) == first

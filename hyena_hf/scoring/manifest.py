@@ -16,23 +16,42 @@ import torch
 
 MANIFEST = "_manifest.json"  # readers of Parquet folders skip what begins with _
 FORMAT = 1
-_SAMPLED = 4096  # values of a tensor
+_VALUES = 1 << 22  # of a tensor, which are read at once
 _BLOCK = 1 << 20
 
 
 def model_fingerprint(model: Any) -> str:
-    """The same for the same weights and config wherever they lie; reads a sample of every tensor, exactly."""
+    """The same for the same weights, config and active adapters wherever they lie; reads every byte of the weights."""
     digest = hashlib.sha256()
     config = json.loads(model.config.to_json_string(use_diff=False))
     for where in ("_name_or_path", "transformers_version", "architectures", "auto_map"):
         config.pop(where, None)
-    digest.update(json.dumps(config, sort_keys=True).encode())
+    digest.update(json.dumps([config, _adapters(model)], sort_keys=True, default=_plain).encode())
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(flat.numel() // _SAMPLED, 1)].contiguous().cpu()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+        for start in range(0, flat.numel(), _VALUES):
+            block = flat[start : start + _VALUES].contiguous().cpu()
+            digest.update(block.view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _adapters(model: Any) -> list[Any]:
+    """What peft has put into a model, and which of it counts: two adapters of one model have the same weights."""
+    settings = {name: dict(config.to_dict()) for name, config in (getattr(model, "peft_config", None) or {}).items()}
+    for config in settings.values():
+        for where in ("base_model_name_or_path", "revision", "inference_mode", "peft_version"):
+            config.pop(where, None)
+    layers = [
+        [name, layer.active_adapters, layer.disable_adapters, layer.merged_adapters, getattr(layer, "scaling", None)]
+        for name, layer in model.named_modules()
+        if hasattr(layer, "merged_adapters")
+    ]
+    return [settings, layers] if settings or layers else []
+
+
+def _plain(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
