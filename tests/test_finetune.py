@@ -319,6 +319,26 @@ def test_a_finished_run_of_another_pretrained_model_is_refused(whole, model, key
         run(whole[0], model=model())
 
 
+@pytest.mark.parametrize("test", [encoded(8, 9), None], ids=["other rows", "none"])
+def test_a_finished_run_is_not_read_back_for_another_test_split(whole, test):
+    data = data_of()
+    other = FineTuneData(data.train, data.validation, test)
+    with pytest.raises(ValueError, match="holds another run: test_digest "):
+        fine_tune(tiny(), other, output_dir=whole[0], recipe=RECIPE, tokenizer=DNA)
+
+
+def test_a_finished_run_is_not_read_back_for_other_names_of_the_classes(whole):
+    model = tiny()
+    model.config.id2label = {0: "b", 1: "a", 2: "c"}
+    with pytest.raises(ValueError, match=r"id2label \(.* there, \{'0': 'b', '1': 'a', '2': 'c'\} now\)"):
+        run(whole[0], model=model)
+
+
+def test_a_finished_run_that_merged_its_model_is_not_read_back_for_an_adapter_alone(whole):
+    with pytest.raises(ValueError, match=r"holds another run: keep_merged \(True there, False now\)"):
+        run(whole[0], keep_merged=False)
+
+
 def interrupt_after_step_5(clock, args, state, control, **kwargs):  # noqa: ARG001 (a callback's signature)
     if state.global_step == 5:
         raise KeyboardInterrupt

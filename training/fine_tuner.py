@@ -319,7 +319,7 @@ def fine_tune(
     _check(model, data, recipe)
     trainer = _make_trainer(model, data, output_dir, recipe, tokenizer)
     if trainer.is_world_process_zero():
-        claim(output_dir, _description(model, data, recipe), COMMAND_FILE)
+        claim(output_dir, _description(model, data, recipe, keep_merged=keep_merged), COMMAND_FILE)
     trainer.accelerator.wait_for_everyone()
     if (output_dir / RESULT_FILE).exists():
         return FineTuneResult(**json.loads((output_dir / RESULT_FILE).read_text()))
@@ -463,9 +463,9 @@ def _language(prediction: Any) -> dict[str, float]:
     return language_metrics(prediction.predictions)
 
 
-def _description(model: Any, data: FineTuneData, recipe: FineTuneRecipe) -> dict[str, Any]:
+def _description(model: Any, data: FineTuneData, recipe: FineTuneRecipe, *, keep_merged: bool) -> dict[str, Any]:
     """What a resumed run must agree with, as JSON."""
-    inner = unwrap(model)
+    inner: Any = unwrap(model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     this = {
         **asdict(recipe),
@@ -476,6 +476,9 @@ def _description(model: Any, data: FineTuneData, recipe: FineTuneRecipe) -> dict
         "trained_parameters": trained,
         "train_digest": data.train.digest(),
         "validation_digest": data.validation.digest(),
+        "test_digest": None if data.test is None else data.test.digest(),
+        "id2label": inner.config.id2label,
+        "keep_merged": keep_merged,
     }
     return json.loads(json.dumps(this))
 
