@@ -240,6 +240,25 @@ def test_an_insertion_beyond_what_the_model_takes_has_a_row_that_says_so(tokeniz
     ]
 
 
+@pytest.mark.parametrize("bound", [{"beyond_trained_length": "refuse"}, {"trainable_positional_features": True}])
+def test_the_default_window_of_a_bounded_model_leaves_room_for_insertions(tokenizer, tmp_path, fasta, bound):
+    model = new_model(dtype=torch.float64, **SMALL, **bound, max_position_embeddings=WINDOW + 1)
+    records = [
+        ("c1", 60, None, "ACGT"),
+        ("c1", 60, None, f"{other(bases('c1', 60, 1))},AC,<DEL>,{'A' * 17}"),
+        ("c1", 1, None, "A" * 16),
+        ("c1", 200, None, "ACG"),
+        ("c1", 60, bases("c1", 60, 4), "A"),
+        ("short", 9, None, "A" * 16),
+    ]
+    effects = scored(model, tokenizer, tmp_path, fasta, records, window=None)
+    rooms = [29, 31, 31, None, None, 17, 30, 32, 17]
+    for effect, window in zip(effects, rooms, strict=True):
+        assert (effect.log_ratio is None) == (window is None)
+        if window is not None:
+            assert_as_naive(model, effect, window)
+
+
 def test_a_window_with_many_n_is_scored_and_noted(model, tokenizer, tmp_path, fasta):
     records = [("gaps", 35, None, other(bases("gaps", 35, 1))), ("gaps", 10, None, other(bases("gaps", 10, 1)))]
     effects = scored(model, tokenizer, tmp_path, fasta, records, max_n_fraction=0.2)

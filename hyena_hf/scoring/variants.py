@@ -5,6 +5,9 @@
 
 - Both windows have the same flanks. The reference window has `window` bases (fewer on a shorter contig), centred on
   REF and shifted inwards at the ends of the contig; the alternative one is longer or shorter by the indel.
+- A model that takes a bounded number of bases may have no room for an insertion in its default window: the flanks of
+  that record are then shorter, for all its alleles. A window that was asked for stays as it is, and the note says
+  which allele does not fit.
 - Every base costs likelihood (about ln 4 = 1.4 under a model that knows nothing), so a raw ratio holds the length of
   an insertion or deletion. `log_ratio_per_token` divides each likelihood by the bases it was summed over: compare
   indels by that one, substitutions by either.
@@ -124,7 +127,8 @@ def score_variants(
         tokenizer: Its tokenizer, with one token for each base.
         vcf: VCF (plain or compressed) or BCF; needs no index.
         reference: FASTA (plain, gzip or bgzip) that the variants were called on.
-        window: Bases of the reference window; None: the model's `max_position_embeddings`, at most 8,192.
+        window: Bases of the reference window; None: the model's `max_position_embeddings`, at most 8,192, and fewer
+            for a record with an insertion that the model would not take beside them.
         batch_size: Windows in a batch, or `"auto"`.
         reverse_complement: Mean over both strands.
         max_n_fraction: Share of N above which the note of a row says so; it is scored all the same.
@@ -221,6 +225,8 @@ def origin_of(scorer: WindowScorer) -> dict[str, Any]:
     """What numbers of a scorer depend on; the size of batches is not among it."""
     settings = asdict(scorer.settings) | {"window": scorer.window}
     settings.pop("batch_size")
+    if scorer.leaves_room:  # one of the same size that was asked for does not
+        settings["leaves_room"] = True
     prints = {"model": model_fingerprint(scorer.model), "tokenizer": tokenizer_fingerprint(scorer.tokenizer)}
     return {**prints, **settings}
 
@@ -258,7 +264,9 @@ def _drafts(variant: Variant, genome: Reference, scorer: WindowScorer, max_n_fra
     if large := scorer.is_large(variant.ref):
         yield from (_Draft(variant, alt, None, None, None, f"REF: {large}") for alt in variant.alts)
         return
-    window = scorer.place(variant.start, variant.end, genome.length(variant.chrom))
+    fitting = [len(alt) for alt in variant.alts if not (why_no_sequence(alt) or scorer.is_large(alt))]
+    growth = max(fitting, default=0) - len(variant.ref)
+    window = scorer.place(variant.start, variant.end, genome.length(variant.chrom), growth)
     bases = as_model_letters(genome.fetch(variant.chrom, *window))
     left, right = bases[: variant.start - window[0]], bases[variant.end - window[0] :]
     ref = left + as_model_letters(variant.ref) + right

@@ -3,7 +3,8 @@
 
 A window has `window` bases of the reference and is centred on the site; where the contig begins or ends it is shifted
 inwards, and a shorter contig is seen whole. What replaces the site may be longer or shorter: the flanks are the same
-for every allele, so a window with an insertion is longer by it.
+for every allele, so a window with an insertion is longer by it. Where nobody named a window and the model takes no
+more bases than the default one has, both flanks of such a site are shorter, so that its longest allele fits.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class WindowSettings:
 
     Args:
         window: Bases of the reference that the model sees around a site; None: its `max_position_embeddings`, but at
-            most 8,192 (less the tokens that stand before a sequence).
+            most 8,192 (less the tokens that stand before a sequence, and less an insertion that would not fit).
         batch_size: Windows in a batch, or `"auto"`; results do not depend on it.
         reverse_complement: Mean over the two strands; twice the work.
 
@@ -61,6 +62,7 @@ class WindowScorer:
     Attributes:
         window: Bases of a window.
         longest: Bases of the longest sequence that the model takes; None: any number.
+        leaves_room: Whether a window is smaller where an insertion would not fit.
 
     Raises:
         TypeError: The model predicts no next token.
@@ -82,22 +84,28 @@ class WindowScorer:
         self.window = settings.window or min(_trained_length(forward) - before, _DEFAULT_WINDOW)
         if self.longest is not None and self.window > self.longest:
             raise ValueError(f"window is {self.window} bases, but the model takes {self.longest}; use at most that")
+        self.leaves_room = settings.window is None and self.longest is not None
         self._unscored = 0 if before else 1
 
-    def place(self, start: int, end: int, length: int) -> tuple[int, int]:
+    def place(self, start: int, end: int, length: int, growth: int = 0) -> tuple[int, int]:
         """The window around a site that is no longer than it.
 
         Args:
             start: First base of the site, 0-based.
             end: One behind its last base.
             length: Bases of the contig.
+            growth: Bases that the longest allele adds. A window that nobody asked for leaves room for them, where the
+                model takes a bounded number.
 
         Returns:
             First base of the window, 0-based, and one behind its last one.
         """
-        first = start - (self.window - (end - start)) // 2
-        first = max(0, min(first, length - self.window))
-        return first, min(first + self.window, length)
+        width = self.window
+        if self.longest is not None and self.leaves_room:
+            width = min(width, self.longest - max(growth, 0))
+        first = start - (width - (end - start)) // 2
+        first = max(0, min(first, length - width))
+        return first, min(first + width, length)
 
     def is_large(self, allele: str) -> str:
         """In words that an allele takes more than half of a window; empty where it does not."""
