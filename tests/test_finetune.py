@@ -424,6 +424,50 @@ def test_a_run_killed_after_it_stopped_early_only_finishes(tmp_path, monkeypatch
     assert same(stored(tmp_path / "model"), stored(tmp_path / "checkpoint-2"))
 
 
+def moved(begun, there):
+    """The folder of a run that was begun elsewhere and lacks its last act."""
+    shutil.move(begun, there)
+    (there / "result.json").unlink(missing_ok=True)
+    shutil.rmtree(there / "model", ignore_errors=True)
+    return there
+
+
+def test_a_run_that_was_moved_before_its_result_was_written_publishes_its_best_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(fine_tuner, "classification_metrics", scripted([0.5, 0.4, 0.3, 0.9]))
+    expected = run(tmp_path / "before")
+    there = moved(tmp_path / "before", tmp_path / "after")
+    monkeypatch.setattr(fine_tuner, "classification_metrics", scripted([0.9]))
+    result = run(there)
+    assert same(stored(there / "model"), stored(there / "checkpoint-2"))
+    assert result.test == expected.test
+
+
+def test_a_run_that_was_moved_after_an_interruption_still_publishes_its_best_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(fine_tuner, "classification_metrics", scripted([0.5, 0.4, 0.3, 0.9]))
+    with monkeypatch.context() as patch:
+        patch.setattr(StepClock, "on_step_end", interrupt_after_step_5)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "before")
+    there = moved(tmp_path / "before", tmp_path / "after")
+    assert run(there).best_step == 2
+    assert same(stored(there / "model"), stored(there / "checkpoint-2"))
+
+
+def test_a_run_whose_best_checkpoint_is_gone_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(fine_tuner, "classification_metrics", scripted([0.5, 0.4, 0.3, 0.9]))
+    run(tmp_path / "before")
+    there = moved(tmp_path / "before", tmp_path / "after")
+    shutil.rmtree(there / "checkpoint-2")
+    with pytest.raises(FileNotFoundError, match=r"after holds no weights in checkpoint-2, the best checkpoint"):
+        run(there)
+
+
+def test_a_finished_run_that_was_moved_names_its_model_where_it_is(tmp_path):
+    run(tmp_path / "before")
+    shutil.move(tmp_path / "before", tmp_path / "after")
+    assert run(tmp_path / "after").model_dir == str(tmp_path / "after" / "model")
+
+
 @pytest.mark.parametrize(("metric", "values"), [("mcc", [1, 3, 2, 3]), ("loss", [3, 1, 2, 1])])
 def test_training_stops_when_nothing_was_better_for_so_long(metric, values):
     history = [{"step": step, f"eval_{metric}": value, "loss": 0} for step, value in enumerate(values)]

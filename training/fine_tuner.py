@@ -24,7 +24,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -314,15 +314,19 @@ def fine_tune(
         ValueError: the folder belongs to another run; class weights or stages that do not fit; no padding token.
         FloatingPointError: a loss, gradient or weight that is not finite; names the step.
         CheckpointError: a checkpoint could not be written (full disk).
+        FileNotFoundError: the folder lacks the best checkpoint that its last one names.
     """
     output_dir = Path(output_dir)
     _check(model, data, recipe)
     trainer = _make_trainer(model, data, output_dir, recipe, tokenizer)
     if trainer.is_world_process_zero():
         claim(output_dir, _description(model, data, recipe, keep_merged=keep_merged), COMMAND_FILE)
+        if not (output_dir / RESULT_FILE).exists():
+            _find_best_again(output_dir)
     trainer.accelerator.wait_for_everyone()
     if (output_dir / RESULT_FILE).exists():
-        return FineTuneResult(**json.loads((output_dir / RESULT_FILE).read_text()))
+        found = FineTuneResult(**json.loads((output_dir / RESULT_FILE).read_text()))
+        return replace(found, model_dir=str(output_dir / Path(found.model_dir).name))
     last = last_good_checkpoint(output_dir)
     if last is not None and _is_over(last, trainer.args.max_steps, recipe):  # killed before the result was written
         trainer.state = TrainerState.load_from_json(str(last / STATE_FILE))
@@ -496,6 +500,25 @@ def _config_digest(model: Any) -> str:
     """A short hash of a model's configuration, but for where it was loaded from and which version wrote it."""
     fields = {name: value for name, value in model.config.to_dict().items() if name not in PROVENANCE}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _find_best_again(output_dir: Path) -> None:
+    """Name the best checkpoint where it is now: Trainer writes down its whole path, and where that leads nowhere, as
+    after a move of the run's folder, silently does without."""
+    last = last_good_checkpoint(output_dir)
+    if last is None:
+        return
+    state = json.loads((last / STATE_FILE).read_text())
+    if state.get("best_model_checkpoint") is None:
+        return
+    best = output_dir / Path(state["best_model_checkpoint"]).name
+    if not any(best.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"{output_dir} holds no weights in {best.name}, the best checkpoint by step {state['global_step']}; put "
+            "that folder back, or choose another output folder"
+        )
+    if state["best_model_checkpoint"] != str(best):
+        write_json(last / STATE_FILE, {**state, "best_model_checkpoint": str(best)})
 
 
 def _is_over(checkpoint: Path, steps: int, recipe: FineTuneRecipe) -> bool:
