@@ -274,6 +274,35 @@ def test_the_command_writes_a_table_and_a_map(model, tokenizer, fasta, tmp_path,
     assert pixels(plot).shape[2] == 3
 
 
+def test_the_same_call_goes_on_from_a_kill_before_the_map_without_scoring(
+    model, tokenizer, fasta, tmp_path, monkeypatch
+):
+    def stop(*_, **_options):
+        raise KeyboardInterrupt
+
+    out, plot = tmp_path / "out.tsv", tmp_path / "map.png"
+    options = {"settings": WindowSettings(window=24), "picture": plot}
+    with monkeypatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write_mutagenesis(model, tokenizer, fasta, "c1:40-50", out, **options)
+    assert not out.exists()
+    assert not plot.exists()
+    monkeypatch.setattr(windows, "score", stop)
+    write_mutagenesis(model, tokenizer, fasta, "c1:40-50", out, **options)
+    assert pixels(plot).shape[2] == 3
+    assert len(list(tables.read_rows(out, COLUMNS))) == 11
+
+
+def test_a_map_that_cannot_be_drawn_says_how_to_get_the_table(model, tokenizer, tmp_path):
+    genome, out = tmp_path / "n.fa", tmp_path / "out.tsv"
+    genome.write_text(">c1\nACGTNNNNACGT\n")
+    with pytest.raises(ValueError, match=r"all sites are N.* the same command without this second file writes"):
+        write_mutagenesis(model, tokenizer, genome, "c1:5-8", out, picture=tmp_path / "map.png")
+    write_mutagenesis(model, tokenizer, genome, "c1:5-8", out)
+    assert len(list(tables.read_rows(out, COLUMNS))) == 4
+
+
 def test_the_command_refuses_a_picture_of_no_known_format_before_any_work(fasta, tmp_path):
     arguments = parsed("nowhere", fasta, tmp_path / "o.tsv", "--region", "c1", "--plot", tmp_path / "map.doc")
     with pytest.raises(ValueError, match=r"ends in '.doc', which is no format of a picture"):

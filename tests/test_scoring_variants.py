@@ -724,6 +724,24 @@ def test_the_command_writes_a_table_and_an_annotated_vcf(folder, model, tokenize
     assert annotated.read_text().count("HYENA_LLR=") == 25
 
 
+def test_the_command_goes_on_from_a_kill_before_the_annotation_without_scoring(folder, tmp_path, fasta, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    vcf, out, annotated = write_vcf(tmp_path / "calls.vcf", MANY), tmp_path / "o.tsv", tmp_path / "a.vcf"
+    words = folder, vcf, fasta, out, "--window", 32, "--device", "cpu", "--annotate", annotated
+    with monkeypatch.context() as patch:
+        patch.setattr("hyena_hf.scoring.variants.annotate_vcf", stop)
+        with pytest.raises(KeyboardInterrupt):
+            parsed(*words).run(parsed(*words))
+    assert not out.exists()
+    monkeypatch.setattr(windows, "score", stop)
+    parsed(*words).run(parsed(*words))
+    assert annotated.read_text().count("HYENA_LLR=") == 25
+    assert len(list(tables.read_rows(out, COLUMNS))) == 49
+    assert not list(tmp_path.glob("*.parts"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Score the substitutions of a region."""
-    from hyena_hf.scoring.mutagenesis import check_picture, plot_table, write_mutagenesis
+    from hyena_hf.scoring.mutagenesis import check_picture, write_mutagenesis
     from hyena_hf.scoring.processes import processes
     from hyena_hf.scoring.tables import check_output
     from hyena_hf.scoring.windows import WindowSettings
@@ -49,12 +49,12 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.region,
         arguments.output,
         settings=settings,
+        picture=arguments.plot,
         progress=None,
     )
     if processes(distributed=True)[0] != 0:
         return
     written = str(arguments.output)
     if arguments.plot is not None:
-        plot_table(arguments.output, arguments.plot)
         written += f" and {arguments.plot}"
     sys.stdout.write(f"{count} sites; written to {written}\n")

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Score the variants of a file."""
     from hyena_hf.scoring.processes import processes
     from hyena_hf.scoring.tables import check_output
-    from hyena_hf.scoring.variants import VariantSettings, annotate, write_variant_effects
+    from hyena_hf.scoring.variants import VariantSettings, write_variant_effects
     from hyena_hf.scoring.vcf import check_annotation
 
     check_output(arguments.output)
@@ -55,13 +55,13 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.reference,
         arguments.output,
         settings=settings,
+        annotated=arguments.annotate,
         progress=None,
     )
     if processes(distributed=True)[0] != 0:
         return
     written = str(arguments.output)
     if arguments.annotate is not None:
-        annotate(arguments.vcf, arguments.output, arguments.annotate)
         written += f" and {arguments.annotate}"
     sys.stdout.write(f"{count} records; written to {written}\n")
 

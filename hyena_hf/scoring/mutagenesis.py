@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .batching import progress_bar
-from .manifest import file_fingerprint
+from .manifest import file_fingerprint, whole
 from .reference import Reference, as_model_letters, check_letters, parse_region
 from .tables import ResumableTable, check_output, in_batches, read_rows, write_in_parts
 from .variants import origin_of
@@ -89,6 +89,7 @@ def write_mutagenesis(
     output: str | Path,
     *,
     settings: WindowSettings | None = None,
+    picture: str | Path | None = None,
     progress: bool | None = False,
 ) -> int:
     """`saturation_mutagenesis` of a region of a FASTA file, into a table that grows in parts.
@@ -103,17 +104,22 @@ def write_mutagenesis(
         output: `.tsv` or `.parquet` with contig, pos (1-based), ref, and the log-ratios A, C, G, T (missing where the
             reference is an N). Until it is whole, parts are in a folder `OUTPUT.parts`.
         settings: The window and how it is scored.
+        picture: Also draw the map, as `plot_table` does, before the table has its name: the same call goes on from a
+            kill between the two.
         progress: Whether to draw a bar on stderr; None: where that is a terminal.
 
     Returns:
         Number of sites.
 
     Raises:
-        ImportError: pysam, or for Parquet pyarrow, is not installed.
+        ImportError: pysam, for Parquet pyarrow, or for a picture matplotlib is not installed.
         TypeError: As `saturation_mutagenesis`.
-        ValueError: As `saturation_mutagenesis`; no such file or region; a table that exists; parts of another run.
+        ValueError: As `saturation_mutagenesis`; no such file or region; a table or picture that exists; parts of
+            another run.
     """
     check_output(Path(output))
+    if picture is not None:
+        check_picture(Path(picture))
     scorer = WindowScorer(model, tokenizer, settings or WindowSettings())
     with Reference(fasta) as genome:
         contig, start, end = parse_region(region, genome.contigs)
@@ -136,7 +142,8 @@ def write_mutagenesis(
                 ]
 
             parts = in_batches(range(start, end), _part_sites(scorer.window))
-            write_in_parts(lambda: ResumableTable(output, COLUMNS, origin), parts, rows)
+            companion = None if picture is None else lambda table: plot_table(table, picture)
+            write_in_parts(lambda: ResumableTable(output, COLUMNS, origin), parts, rows, companion)
     return end - start
 
 
@@ -183,7 +190,8 @@ def plot_mutagenesis(
     axes[-1].set_xlabel("position")
     bar = figure.colorbar(images[0], ax=list(axes), fraction=0.02, pad=0.01, extend="both")
     bar.set_label("ln p(substituted) - ln p(reference)")
-    figure.savefig(path, dpi=120)
+    with whole(Path(path)) as unfinished:
+        figure.savefig(unfinished, dpi=120, format=Path(path).suffix[1:])
 
 
 def check_picture(path: Path) -> None:

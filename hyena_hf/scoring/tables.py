@@ -61,12 +61,25 @@ class ResumableTable:
             self._format.write(unfinished, self.columns, iter([list(rows)]))
         self._count += 1
 
-    def publish(self) -> None:
-        """Join the parts into the table."""
+    def publish(self, companion: Callable[[Path], None] | None = None) -> None:
+        """Join the parts into the table.
+
+        Args:
+            companion: Makes another file from the whole table, before that has its name: a run that was killed
+                meanwhile is started again by the same command, and has only this left to do.
+        """
         parts = [self._part(number) for number in range(self._count)]
         with whole(self._folder / f"all{self.path.suffix}") as unfinished:
             rows = (list(self._format.read(part, self.columns)) for part in parts)
             self._format.write(unfinished, self.columns, rows)
+        if companion is not None:
+            try:
+                companion(self._folder / f"all{self.path.suffix}")
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}. {self._folder} keeps the rows: the same command without this second file writes "
+                    f"{self.path}"
+                ) from error
         check_output(self.path)  # nobody else has written it meanwhile
         (self._folder / f"all{self.path.suffix}").replace(self.path)
         shutil.rmtree(self._folder)
@@ -76,7 +89,10 @@ class ResumableTable:
 
 
 def write_in_parts(
-    open_table: Callable[[], ResumableTable], batches: Iterable[list[Item]], rows: Callable[[list[Item]], list[Row]]
+    open_table: Callable[[], ResumableTable],
+    batches: Iterable[list[Item]],
+    rows: Callable[[list[Item]], list[Row]],
+    companion: Callable[[Path], None] | None = None,
 ) -> None:
     """Fill a table, part by part, without what an earlier run has done.
 
@@ -86,6 +102,7 @@ def write_in_parts(
         open_table: Makes the table.
         batches: What each part is made from; the same ones in every run.
         rows: The rows of a part.
+        companion: As for `ResumableTable.publish`.
     """
     rank, world = processes(distributed=True)
     table: Any = share(lambda: open_table() if rank == 0 else None, world)[0]
@@ -95,7 +112,7 @@ def write_in_parts(
         made = rows(batch)
         if rank == 0:
             table.append(made)
-    share(lambda: table.publish() if rank == 0 else None, world)
+    share(lambda: table.publish(companion) if rank == 0 else None, world)
 
 
 def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

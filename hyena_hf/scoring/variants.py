@@ -151,7 +151,7 @@ def score_variants(
         return [effect for batch in batches for effect in _effects(batch, genome, scorer, max_n_fraction)]
 
 
-def write_variant_effects(
+def write_variant_effects(  # noqa: PLR0913 (options of one call, all by name)
     model: Any,
     tokenizer: Any,
     vcf: str | Path,
@@ -160,6 +160,7 @@ def write_variant_effects(
     *,
     settings: VariantSettings | None = None,
     part_records: int | None = None,
+    annotated: str | Path | None = None,
     progress: bool | None = False,
 ) -> int:
     """`score_variants` into a table that grows in parts: a run that was killed goes on where it was.
@@ -173,6 +174,8 @@ def write_variant_effects(
             `OUTPUT.parts`.
         settings: The window and how it is scored.
         part_records: Records of a part: what a killed run loses at most; None: 1,024, fewer with long windows.
+        annotated: Also write the VCF again, as `annotate` does, before the table has its name: the same call goes on
+            from a kill between the two.
         progress: Whether to draw a bar on stderr; None: where that is a terminal.
 
     Returns:
@@ -181,9 +184,12 @@ def write_variant_effects(
     Raises:
         ImportError: pysam, or for Parquet pyarrow, is not installed.
         TypeError: As `score_variants`.
-        ValueError: As `score_variants`; a table that exists; parts of a run with another model, files or settings.
+        ValueError: As `score_variants`; a table that exists; parts of a run with another model, files or settings; an
+            annotated file as in `annotate`.
     """
     check_output(Path(output))
+    if annotated is not None:
+        check_annotation(vcf, annotated)
     settings = settings or VariantSettings()
     scorer = WindowScorer(model, tokenizer, settings)
     size = _part_records(scorer.window) if part_records is None else part_records
@@ -201,7 +207,8 @@ def write_variant_effects(
                 return made
 
             variants = in_batches(read_variants(vcf, genome), size)
-            write_in_parts(lambda: ResumableTable(output, COLUMNS, origin), variants, rows)
+            companion = None if annotated is None else lambda table: annotate(vcf, table, annotated)
+            write_in_parts(lambda: ResumableTable(output, COLUMNS, origin), variants, rows, companion)
     return num_records
 
 
