@@ -179,6 +179,16 @@ def test_a_weighted_loss_is_that_of_the_sum_over_labels():
         assert weighted_loss(logits, labels, weighed, divisor).item() == pytest.approx(hand.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 1.0, 2.0])], ids=["plain", "weighted"])
+@pytest.mark.parametrize("total", [None, torch.tensor(0.0)], ids=["evaluation", "step"])
+def test_labels_that_all_bear_no_loss_give_zero_and_no_gradient(weights, total):
+    logits = torch.randn(4, 6, 3, requires_grad=True)
+    loss = weighted_loss(logits, torch.full((4, 6), -100), weights, total)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits.grad, torch.zeros(4, 6, 3))
+
+
 def test_balanced_weights_give_every_class_the_same_total():
     counts = torch.tensor([6, 3, 1])
     assert balanced_weights(counts) == pytest.approx((10 / 18, 10 / 9, 10 / 3))

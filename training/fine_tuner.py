@@ -158,6 +158,8 @@ def balanced_weights(counts: Tensor) -> tuple[float, ...]:
 def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor | None, total: Tensor | None) -> Tensor:
     """Cross-entropy in float32 at least, () : sum of w[y] * -log p[y], divided by `total`, or else by the sum of w[y].
 
+    It is 0 where no label bears a loss.
+
     Args:
         logits: (..., C).
         labels: (...), int64, -100 where no loss is wanted.
@@ -166,11 +168,13 @@ def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor | None, total:
     """
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
     weights = None if weights is None else weights.to(exact)
-    reduction = "mean" if total is None else "sum"
-    loss = nn.functional.cross_entropy(
-        exact, labels.flatten(), weight=weights, ignore_index=UNPREDICTED, reduction=reduction
-    )
-    return loss if total is None else loss / total.to(exact)
+    flat = labels.flatten()
+    if total is None:
+        counted = flat[flat != UNPREDICTED]
+        total = torch.tensor(len(counted), device=exact.device) if weights is None else weights[counted].sum()
+    loss = nn.functional.cross_entropy(exact, flat, weight=weights, ignore_index=UNPREDICTED, reduction="sum")
+    divisor = total.to(exact)
+    return loss / torch.where(divisor > 0, divisor, torch.ones_like(divisor))
 
 
 class FineTuner(HyenaTrainer):
