@@ -13,7 +13,9 @@ where an earlier one stopped, however it stopped.
 
 Loss. Of a step: sum of w[y] * -log p[y] over all labels y of the step, of all devices and passes, divided by the sum
 of their w[y]; so it depends neither on how a step is divided nor on where its padding is. Evaluation leaves the
-weights out, so that runs with different ones can be compared.
+weights out, so that runs with different ones can be compared; its `loss` is the mean over labels of each batch,
+averaged over batches by their rows. So where rows have different numbers of labels (tasks token and lm) it depends on
+the batch size; the other metrics do not.
 """
 
 from __future__ import annotations
@@ -127,7 +129,10 @@ class FineTuneData:
 
 @dataclass(frozen=True)
 class FineTuneResult:
-    """What a run gave; losses in nats for each label, without class weights except those of training."""
+    """What a run gave; losses in nats for each label, without class weights except those of training.
+
+    Losses of evaluation are averaged as the module says.
+    """
 
     task: str
     metric: str
