@@ -346,6 +346,28 @@ def test_an_index_that_is_older_than_the_genome_is_not_trusted(fasta):
         assert genome.fetch("c1", 0, 200) == CONTIGS["c1"].upper()
 
 
+@pytest.mark.parametrize("change", [{"c1": "acgt" * 40}, {"chr7": "acgt" * 10}, {"chr7": "acgt" * 15}, {"new": "AC"}])
+def test_an_index_of_a_genome_that_ends_elsewhere_is_not_trusted(fasta, change):
+    with Reference(fasta):
+        pass
+    write_fasta(fasta, {**CONTIGS, **change})
+    os.utime(fasta, (1e9, 1e9))  # such as one that was unpacked with its date
+    with Reference(fasta) as genome:
+        assert genome.contigs == {name: len(bases) for name, bases in {**CONTIGS, **change}.items()}
+        assert all(genome.fetch(name, 0, 200) == bases.upper() for name, bases in {**CONTIGS, **change}.items())
+
+
+@pytest.mark.parametrize("text", [">a\nACGT\nACGT", ">a\r\nACGT\r\nAC\r\n\r\n", ">b\n\n>a\nACGT\nACGT\n", ">a\nA\n"])
+def test_an_index_of_this_genome_is_used(tmp_path, text, monkeypatch):
+    path = tmp_path / "genome.fa"
+    path.write_bytes(text.encode())
+    with Reference(path) as genome:
+        contigs = genome.contigs
+    monkeypatch.setattr(pysam, "faidx", None)
+    with Reference(path) as genome:
+        assert genome.contigs == contigs
+
+
 def test_blank_records_of_a_genome_are_left_out(tmp_path):
     path = tmp_path / "blank.fa"
     path.write_text(">empty\n>full\nACGT\n>blank\n\n>last\nAC\n")

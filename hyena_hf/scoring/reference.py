@@ -30,9 +30,11 @@ _LAST_BLOCK = bytes.fromhex("1f8b08040000000000ff0600424302001b00030000000000000
 class Reference:
     """Sequences of a FASTA file, fetched by position; to be used in a `with` statement.
 
-    An index (`.fai`, for blocked gzip `.gzi` too) is used where it is at least as new as the file. Where there is none
-    it is made and kept beside the file; where that folder is read-only, or the index there is stale, in a temporary
-    folder. Plain gzip has no positions, so it is unpacked into a temporary folder; `bgzip` spares that.
+    An index (`.fai`, for blocked gzip `.gzi` too) is used where it is at least as new as the file and, unless that is
+    compressed, ends where the file does: a file that was put in place of another may be older than the index of that
+    one. (Another file of the same layout is not told from it, nor a compressed one: delete the index.) Where there is
+    none it is made and kept beside the file; where that folder is read-only, or the index there is stale, in a
+    temporary folder. Plain gzip has no positions, so it is unpacked into a temporary folder; `bgzip` spares that.
 
     Attributes:
         path: Of the file.
@@ -220,7 +222,8 @@ def _index(pysam: Any, readable: Path, path: Path, folder: Path) -> list[Path]:
     """Index files of a FASTA: those beside it or, where they are missing or stale, new ones."""
     endings = [".fai", ".gzi"] if compression(readable) == "bgzf" else [".fai"]
     beside = [readable.with_name(readable.name + ending) for ending in endings]
-    if all(file.is_file() and file.stat().st_mtime >= readable.stat().st_mtime for file in beside):
+    newer = all(file.is_file() and file.stat().st_mtime >= readable.stat().st_mtime for file in beside)
+    if newer and (endings[1:] or _ends_with(beside[0], readable)):
         return beside
     made = [folder / f"index{ending}" for ending in endings]
     _check_names(path, readable)
@@ -235,6 +238,27 @@ def _index(pysam: Any, readable: Path, path: Path, folder: Path) -> list[Path]:
                 unfinished = Path(shutil.copy(file, name.with_name(f"{name.name}.{folder.name}")))
                 unfinished.replace(name)  # at once, for whoever reads meanwhile
     return made
+
+
+def _ends_with(index: Path, readable: Path) -> bool:
+    """Whether only white space follows the last base that an index knows of an uncompressed file."""
+    end = 0
+    try:
+        for line in index.read_text().splitlines():
+            length, offset, width, step = (int(field) for field in line.split("\t")[1:5])
+            rows, rest = divmod(length, width) if width else (0, 0)
+            end = max(end, offset + rows * step + rest - (step - width if rows and not rest else 0))
+    except ValueError:
+        return False
+    if end > readable.stat().st_size:
+        return False
+    with readable.open("rb") as file:
+        file.seek(max(end - 1, 0))
+        if end and not file.read(1).strip():
+            return False
+        if file.read(1).strip():  # the last line of bases goes on
+            return False
+        return not any(line.strip() for line in file)
 
 
 def _check_names(path: Path, readable: Path) -> None:
