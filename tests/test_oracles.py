@@ -414,7 +414,7 @@ def test_layer_norm_standardises_and_rms_norm_scales():
     np.testing.assert_allclose(oracles.layer_norm(x, weight, bias, eps=1e-3), expected * weight + bias, atol=1e-13)
     rms = np.linalg.norm(x, axis=-1, keepdims=True) / np.sqrt(31)
     np.testing.assert_allclose(oracles.rms_norm(x, weight, eps=0.0), x / rms * weight, atol=1e-13)
-    with pytest.raises(ValueError, match="expected 'layer' or 'rms'"):
+    with pytest.raises(ValueError, match="expected 'layer', 'rms' or 'rms_outer'"):
         oracles.norm(x, {"weight": weight}, "batch")
 
 
