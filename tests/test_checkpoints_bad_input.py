@@ -345,7 +345,7 @@ def test_the_command_converts_both_ways_and_says_what_is_wrong(tmp_path, capsys)
     assert "longsafari-hf: written to" in capsys.readouterr().out
     ids = expected("longsafari-hf")["input_ids"]
     assert torch.equal(
-        logits_of(load_checkpoint(tmp_path / "back"), ids), logits_of(load_checkpoint(tmp_path / "back"), ids)
+        logits_of(load_checkpoint(tmp_path / "back"), ids), logits_of(load_checkpoint(golden("longsafari-hf")), ids)
     )
     with pytest.raises(SystemExit, match=r"hyena convert: .*no file, no folder"):
         main(["convert", "nowhere", str(tmp_path / "new")])

@@ -411,3 +411,17 @@ def test_half_precision_keeps_both_filters_in_float32(folder_of):
         assert tensor.dtype == (torch.float32 if ".filter." in key else torch.bfloat16), key
     ids, types = batch(2, 20)
     assert np.isfinite(output(model, ids, types).detach().float().numpy()).all()
+
+
+@pytest.mark.parametrize("rows", [34, 39, 40])
+def test_a_vocabulary_that_the_published_code_rounds_up_is_no_contradiction(rows, tmp_path):
+    raw, state = write_state(VARIANTS["published"])
+    folder = write_checkpoint(tmp_path, {**raw, "vocab_size": rows}, state, "cls.")
+    assert load_checkpoint(folder).config.vocab_size == 40
+
+
+def test_a_vocabulary_of_another_model_is_one(tmp_path):
+    raw, state = write_state(VARIANTS["published"])
+    folder = write_checkpoint(tmp_path, {**raw, "vocab_size": 41}, state, "cls.")
+    with pytest.raises(ValueError, match="says vocab_size=41, but its weights 40"):
+        load_checkpoint(folder)

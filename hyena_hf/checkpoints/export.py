@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a model in a published layout again, for programs that read only that: HyenaDNA's `-hf`, StripedHyena.
 
-What a layout cannot say is refused, field by field; what it says in another way (positional features that are stored,
-residues that begin at lag 0) is computed in float64.
+What a layout cannot say is refused, field by field. What it says in another way is computed: positional features,
+which it stores, and residues, which begin at lag 0 in its form.
 """
 
 import json
@@ -41,6 +41,7 @@ def export_checkpoint(model: Any, output: str | Path, layout: str) -> None:
             (modal filters and full attention, as StripedHyena 7B and Evo 1).
 
     Raises:
+        TypeError: The model is no `HyenaForCausalLM`.
         ValueError: The layout is not known, cannot say what this model is, or the folder holds something.
     """
     if layout not in EXPORTS:
@@ -57,7 +58,7 @@ def export_checkpoint(model: Any, output: str | Path, layout: str) -> None:
     required, describe, tensors = EXPORTS[layout]
     config = model.config
     _refuse(config, required(config), layout)
-    made = target.exists()
+    existed = target.exists()
     target.mkdir(parents=True, exist_ok=True)
     try:
         # clones: safetensors refuses tensors that share memory
@@ -65,7 +66,7 @@ def export_checkpoint(model: Any, output: str | Path, layout: str) -> None:
         save_file(state, target / "model.safetensors", metadata={"format": "pt"})
         (target / "config.json").write_text(json.dumps(describe(config), indent=2) + "\n", encoding="utf-8")
     except BaseException:
-        if made:
+        if existed:
             (target / "model.safetensors").unlink(missing_ok=True)
         else:
             shutil.rmtree(target)

@@ -111,6 +111,8 @@ def read(source: Source, layout: str) -> Conversion:
         tensors |= {ours: reader.lazily(theirs) for theirs, ours in _POOLER.items()}
         if any(name in reader for name in _MASKED_LM):
             notes.append("The head for masked tokens beside the pooler is left out.")
+        if any("classifier." in name for name in source.tensors.names()):
+            notes.append("The classifier beside the pooler is left out.")
         for name in (*_MASKED_LM, _DECODER):
             reader.drop(name)
     else:
@@ -200,8 +202,14 @@ def _config(source: Source, reader: Reader) -> HyenaConfig:
 
 def _check_claims(source: Source, config: HyenaConfig) -> None:
     """Raise where a configuration contradicts its weights."""
+    raw = source.config
+    # the published code rounds the number of rows up to a multiple of 8
+    if raw.get("vocab_size") is not None and -(-raw["vocab_size"] // 8) * 8 != -(-config.vocab_size // 8) * 8:
+        raise ValueError(
+            f"{source.name}: its configuration says vocab_size={raw['vocab_size']}, but its weights "
+            f"{config.vocab_size}; check that both come from the same model"
+        )
     claims = {
-        "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
         "intermediate_size": config.intermediate_size,
@@ -215,9 +223,9 @@ def _check_claims(source: Source, config: HyenaConfig) -> None:
         "use_glu_mlp": config.gated_mlp,
     }
     for name, found in claims.items():
-        if source.config.get(name, found) != found:
+        if raw.get(name, found) != found:
             raise ValueError(
-                f"{source.name}: its configuration says {name}={source.config[name]}, but its weights {found}; check "
+                f"{source.name}: its configuration says {name}={raw[name]}, but its weights {found}; check "
                 f"that both come from the same model"
             )
 

@@ -30,31 +30,16 @@ _BUILTINS = frozenset({"dict", "list", "set", "frozenset", "tuple", "int", "floa
 _HARMLESS = frozenset({"io.BytesIO", "_io.BytesIO", *(f"builtins.{name}" for name in _BUILTINS)})
 
 
-class Placeholder(dict):
+class Placeholder:
     """Stands for an object of a foreign class: takes whatever a pickle hands it and keeps nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Placeholder":  # noqa: ARG004 (swallowed on purpose)
         return super().__new__(cls)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002 (swallowed on purpose)
-        super().__init__()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing."""
 
     def __setstate__(self, state: Any) -> None:
-        """Nothing."""
-
-    def __hash__(self) -> int:  # pyright: ignore (a dict has none; objects among keys and in sets need one)
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def append(self, item: Any) -> None:
-        """Nothing."""
-
-    def extend(self, items: Any) -> None:
-        """Nothing."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
         """Nothing."""
 
 

@@ -116,12 +116,11 @@ def _settings(source: Source, reader: Reader, layout: str, warnings: list[str]) 
     raw = dict(source.config)
     if layout == "evo2":
         raw = _completed_evo2(source, reader, raw, warnings)
-    for name in ("num_attention_heads",):
-        if not isinstance(raw.get(name), int):
-            raise ValueError(
-                f"{source.name}: its configuration has no {name}; put the published config.json (or .yml) beside the "
-                f"weights"
-            )
+    if not isinstance(raw.get("num_attention_heads"), int):
+        raise ValueError(
+            f"{source.name}: its configuration has no num_attention_heads; put the published config.json (or .yml) "
+            f"beside the weights"
+        )
     if layout == "stripedhyena" and raw.get("model_type") == "stripedhyena":
         silent = [name for name in ("rotary_emb_base", "use_flash_rmsnorm", "eps", "proj_groups") if name not in raw]
         if silent:
@@ -168,7 +167,7 @@ def _check_claims(reader: Reader, raw: dict[str, Any]) -> None:
 
 
 def _completed_evo2(source: Source, reader: Reader, raw: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
-    known = next((name for name in sorted(_EVO2, key=len, reverse=True) if name in _file_of(source)), None)
+    known = next((name for name in _names_of(source) if name in _EVO2), None)
     width = reader.shape("embedding_layer.weight")[1]
     # files of 7B models of all lengths ask for FP8 too, but their publishers run them without
     asked = bool(raw.get("use_fp8_input_projections")) and width != 4096
@@ -180,7 +179,7 @@ def _completed_evo2(source: Source, reader: Reader, raw: dict[str, Any], warning
                 f"put the published .yml beside the weights, or keep the published file name ({', '.join(_EVO2)})"
             )
         longest, base, factor, _ = _EVO2[known]
-        raw |= {
+        raw = {
             "max_seqlen": longest,
             "rotary_emb_base": base,
             "rotary_emb_scaling_factor": factor,
@@ -199,9 +198,10 @@ def _completed_evo2(source: Source, reader: Reader, raw: dict[str, Any], warning
     return {"mlp_activation": "gelu", "column_split": True, "eps": 1e-6, **raw}
 
 
-def _file_of(source: Source) -> str:
-    files = {path.name for path in source.tensors.files.values()}
-    return " ".join([source.title, *sorted(files)])
+def _names_of(source: Source) -> list[str]:
+    """What the checkpoint is called, without endings: its files, then its folder or repository."""
+    files = sorted({path.name for path in source.tensors.files.values()})
+    return [name.partition(".")[0] for name in (*files, *source.title.split("/"))]
 
 
 def _config(reader: Reader, raw: dict[str, Any], layout: str) -> HyenaConfig:
@@ -388,9 +388,6 @@ def _modal_tensors(reader: Reader, layer: int, kind: str, warnings: list[str]) -
     theirs, ours = f"blocks.{layer}.filter.", f"model.layers.{layer}.mixer.filter."
     poles = f"{theirs}poles" if kind == "complex" else f"{theirs}log_poles"
 
-    def part(name: str) -> Tensor:
-        return modal_parameters(reader.take(poles), reader.take(f"{theirs}residues"))[name].unsqueeze(0)
-
     reader.drop(poles)
     reader.drop(f"{theirs}residues")
     parameters = modal_parameters(reader.take(poles), reader.take(f"{theirs}residues"))
@@ -400,7 +397,7 @@ def _modal_tensors(reader: Reader, layer: int, kind: str, warnings: list[str]) -
             f"Filters of layer {layer} do not decay in {len(growing)} channels (first {growing[:5]}): long inputs can "
             f"overflow there, in the published model too."
         )
-    return {f"{ours}{name}": (lambda name=name: part(name)) for name in parameters}
+    return {f"{ours}{name}": (lambda name=name: parameters[name].unsqueeze(0)) for name in parameters}
 
 
 def modal_parameters(poles: Tensor, residues: Tensor) -> dict[str, Tensor]:
