@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small DNA language model on real genomes, from Debian packages to one page of results.
 
-    python -m examples.dna --output runs/dna                        # all of it: about an hour on one core
+    python -m examples.dna --output runs/dna                        # all of it: an hour and a half on one core
     python -m examples.dna --output runs/dna --genomes FOLDER       # no network: the .gz files are in FOLDER
     python -m examples.dna --output runs/dna-smoke --smoke          # a minute, invented genomes; means nothing
 
@@ -92,10 +92,10 @@ class Plan:
     orders: tuple[int, ...] = (2, 4, 6, 8, 10, 11, 12, 14, 16, 20, 24)
     weights: tuple[float, ...] = (1, 4, 16, 64, 256)
     species_lengths: tuple[int, ...] = (256, 1_024, 4_096)
-    fine_tuned_lengths: tuple[int, ...] = (256, 1_024)  # of them
+    fine_tuned_lengths: tuple[int, ...] = (256, 1_024, 4_096)  # of them
     species_bases: int = 204_800  # training bases of a species at every length
     species_tests: int = 200  # test windows of a species
-    species_epochs: int = 2
+    species_epochs: int = 5
     species_batch_bases: int = 4_096
     variants: int = 500  # of each class
     variant_window: int = 512
