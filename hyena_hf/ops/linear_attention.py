@@ -1,0 +1,491 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear attention: softmax's exp(q . k) replaced by phi(q) . phi(k), so that a sum over the past is a state.
+
+    y_t = sum_i w_ti v_i / sum_i w_ti,    w_ti = phi(q_t) . phi(k_i)                       (Katharopoulos et al. 2020)
+
+With a window of w tokens those that a query sees within it, itself included, keep a softmax weight, and the linear
+form serves the older ones (LoLCATs, Zhang et al. 2024, arXiv 2410.10254, equation 7):
+
+    w_ti = g exp(s_ti - c_t)     for t - w < i <= t,    s_ti the scaled score, c_t its maximum over the window
+    w_ti = phi(q_t) . phi(k_i)   for i <= t - w
+
+Features come in one of two forms. Plain ones may have signs. Of positive ones the logarithms may be given instead
+(`log_features=True`): exponential feature maps then neither overflow nor lose small features beside large ones. Sums
+are carried relative to a running maximum, of every feature for keys and of every token for queries, as online softmax
+does, and c_t is left out: window and linear weights share one scale, and no weight depends on what others happen to be
+in the window. Between the tokens of a chunk, a weight is exact down to the smallest number of the dtype (e^-87 in
+float32) below the product of the largest features of its query and key; outputs stay means of values beyond that.
+
+Sums run in float32 at least, whatever the dtype of the inputs: a normaliser in bfloat16 stops growing. Nothing is
+added to it: a query that sees no key gets 0.
+
+B batch, H query heads, K heads of keys and values (H a multiple of K), n queries, N keys, F features, P head width, G
+query heads of a group (H / K).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+# Queries that meet their nearest keys in one product; the others go through the state.
+CHUNK = 64
+
+# Chunks between which gradients keep a state; what lies inside is computed again.
+_KEPT_CHUNKS = 16
+
+# The logarithm of nothing: finite, so that the difference of two of them is no NaN.
+_NOTHING = -1e30
+
+
+class LinearState(NamedTuple):
+    """Everything that linear attention knows of the keys and values folded into it.
+
+    Attributes:
+        sums: sum_i phi(k_i) [v_i, 1] (B, K, F, P + 1), float32 at least; each feature relative to exp(log_scale).
+        log_scale: (B, K, F), the largest logarithm of each feature so far; None for plain features.
+        carry: What rounding has added to the sums and not yet given back (Kahan 1965), in bfloat16, which holds a
+            difference well enough; None for float64 sums. Without it a sum of many equal terms drifts.
+    """
+
+    sums: Tensor
+    log_scale: Tensor | None
+    carry: Tensor | None
+
+
+@dataclass(frozen=True)
+class SoftmaxWindow:
+    """The tokens whose weights are those of softmax attention.
+
+    Attributes:
+        query: (B, H, n, P), scaled: scores are query . key.
+        key: (B, K, N, P).
+        size: Keys that a query sees, itself included; at least 1. A bidirectional one sees as many on either side.
+        log_weight: Logarithm of g, the factor on the weights of the window, for every head (H,); None: 0.
+    """
+
+    query: Tensor
+    key: Tensor
+    size: int
+    log_weight: Tensor | None = None
+
+
+class _Sums(NamedTuple):
+    """Weighted sums of [v, 1] for every query (B, K, G, n, P + 1), relative to exp(log_scale) (B, K, G, n, 1)."""
+
+    values: Tensor
+    log_scale: Tensor | None
+
+
+def causal_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_features: bool = False,
+    window: SoftmaxWindow | None = None,
+    mask: Tensor | None = None,
+    state: LinearState | None = None,
+    chunk_size: int = CHUNK,
+) -> tuple[Tensor, LinearState]:
+    """Linear attention to keys that do not come later, hybrid with a window of softmax attention.
+
+    The queries are those of the last n of N columns. Earlier columns, N - n of them, and a state continue an earlier
+    call: the state covers everything before the first column. Without a window nothing is needed but the state; with
+    one, the last `window.size - 1` keys, window keys and values have to be given again.
+
+    Time is O(N (chunk_size + F) F) and memory beyond inputs and outputs that of a few chunks, with gradients too.
+
+    Args:
+        q: Features of queries (B, H, n, F), or their logarithms.
+        k: Features of keys (B, K, N, F), or their logarithms; K divides H.
+        v: Values (B, K, N, P).
+        log_features: Whether q and k are logarithms of features.
+        window: Softmax attention to the nearest tokens.
+        mask: True for the keys that exist (B, N); None: all.
+        state: What earlier calls returned.
+        chunk_size: Queries at a time; N or more is the parallel form. Results do not depend on it but for rounding.
+
+    Returns:
+        Outputs (B, H, n, P) in the dtype of v, and the state of the first N - window.size + 1 columns (without a
+        window: all).
+
+    Raises:
+        ValueError: Shapes do not fit together.
+    """
+    _check(q, k, v, window, mask, state, log_features, chunk_size)
+    delay = 0 if window is None else window.size
+    groups = q.shape[1] // k.shape[1]
+    queries, keys, values = _operands(q, k, v, log_features, mask)
+    if state is None:
+        state = empty_state(keys, v.shape[-1], log_features=log_features)
+    linear, state = _linear_sums(queries, keys, values, state, delay, groups, chunk_size)
+    near = None if window is None else _window_sums(window, values, mask, groups, chunk_size, both_sides=False)
+    return _normalised([linear], near, window, groups).to(v.dtype), state
+
+
+def bidirectional_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_features: bool = False,
+    window: SoftmaxWindow | None = None,
+    mask: Tensor | None = None,
+    chunk_size: int = CHUNK,
+) -> Tensor:
+    """Linear attention to all keys, hybrid with softmax attention to those less than `window.size` tokens away.
+
+    Args:
+        q, k, v, log_features, window, mask, chunk_size: As in `causal_linear_attention`, with as many keys as queries.
+
+    Returns:
+        (B, H, n, P) in the dtype of v.
+
+    Raises:
+        ValueError: Shapes do not fit together.
+    """
+    _check(q, k, v, window, mask, None, log_features, chunk_size)
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"bidirectional attention takes as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
+    groups = q.shape[1] // k.shape[1]
+    queries, keys, values = _operands(q, k, v, log_features, mask)
+    nothing = empty_state(keys, v.shape[-1], log_features=log_features)
+    if window is None:
+        linear = [_state_sums(queries, fold(nothing, keys, values), groups)]
+        return _normalised(linear, None, None, groups).to(v.dtype)
+    earlier, _ = _linear_sums(queries, keys, values, nothing, window.size, groups, chunk_size)
+    turned = queries.flip(2), keys.flip(2), values.flip(2)
+    later, _ = _linear_sums(turned[0], turned[1], turned[2], nothing, window.size, groups, chunk_size)
+    later = _Sums(later.values.flip(3), None if later.log_scale is None else later.log_scale.flip(3))
+    near = _window_sums(window, values, mask, groups, chunk_size, both_sides=True)
+    return _normalised([earlier, later], near, window, groups).to(v.dtype)
+
+
+def linear_attention_weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    log_features: bool = False,
+    window: SoftmaxWindow | None = None,
+    mask: Tensor | None = None,
+    causal: bool = True,
+) -> Tensor:
+    """The weights that the operators give to every key, normalised: for losses on weights, and for plots.
+
+    Args:
+        q, k, log_features, window, mask: As in the operators, with as many keys as queries.
+        causal: Which operator.
+
+    Returns:
+        (B, H, n, n) in float32 at least.
+    """
+    # values that pick one key each turn the parallel form into its weights
+    eye = torch.eye(k.shape[2], dtype=_exact(k.dtype), device=k.device).expand(*k.shape[:3], -1)
+    options = {"log_features": log_features, "window": window, "mask": mask, "chunk_size": max(1, k.shape[2])}
+    if causal:
+        return causal_linear_attention(q, k, eye, **options)[0]
+    return bidirectional_linear_attention(q, k, eye, **options)
+
+
+def empty_state(k: Tensor, width: int, *, log_features: bool) -> LinearState:
+    """The state before any key, for keys like k (B, K, N, F) and values of `width`."""
+    shape, exact = (*k.shape[:2], k.shape[3]), _exact(k.dtype)
+    sums = torch.zeros(*shape, width + 1, dtype=exact, device=k.device)
+    scale = torch.full(shape, _NOTHING, dtype=exact, device=k.device) if log_features else None
+    return LinearState(sums, scale, None if exact == torch.float64 else torch.zeros_like(sums, dtype=torch.bfloat16))
+
+
+def fold(state: LinearState, k: Tensor, values: Tensor) -> LinearState:
+    """Add keys k (B, K, N, F) and values with a column of ones (B, K, N, P + 1) to a state; both as exact as it."""
+    if not k.shape[2]:
+        return state
+    if state.log_scale is None:
+        return _accumulated(state, k.mT @ values, None)
+    top = torch.maximum(state.log_scale, k.detach().amax(dim=2))
+    shrink = (state.log_scale - top).exp().unsqueeze(-1)
+    carry = None if state.carry is None else state.carry * shrink
+    added = (k - top.unsqueeze(2)).exp().mT @ values
+    return _accumulated(LinearState(state.sums * shrink, None, carry), added, top)
+
+
+def _accumulated(state: LinearState, added: Tensor, log_scale: Tensor | None) -> LinearState:
+    """A state with something added to its sums, and what rounding does to them kept in the carry."""
+    if state.carry is None:
+        return LinearState(state.sums + added, log_scale, None)
+    added = added - state.carry.to(added.dtype)
+    sums = state.sums + added
+    carry = (sums.detach() - state.sums.detach()) - added.detach()
+    return LinearState(sums, log_scale, carry.to(torch.bfloat16))
+
+
+def with_ones(v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Values (B, K, N, P) in float32 at least, with a column of ones; zeros where the mask (B, N) is False."""
+    exact = v.to(_exact(v.dtype))
+    values = torch.cat([exact, torch.ones_like(exact[..., :1])], dim=-1)
+    return values if mask is None else values.masked_fill(~mask[:, None, :, None], 0)
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _operands(
+    q: Tensor, k: Tensor, v: Tensor, log_features: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys in the dtype of the sums, and values with ones; keys that do not exist count for nothing."""
+    dtype = _exact(torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype))
+    q, k, values = q.to(dtype), k.to(dtype), with_ones(v, mask).to(dtype)
+    if mask is not None:
+        k = k.masked_fill(~mask[:, None, :, None], -math.inf if log_features else 0)
+    return q, k, values
+
+
+def _linear_sums(
+    q: Tensor, k: Tensor, values: Tensor, state: LinearState, delay: int, groups: int, chunk: int
+) -> tuple[_Sums, LinearState]:
+    """Sums over keys at least `delay` columns before each query, and the state behind max(1, delay) - 1 columns."""
+    total, new = k.shape[2], q.shape[2]
+    first = total - new  # column of the first query
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, values, state.sums))
+    stride = chunk * _KEPT_CHUNKS if needs_grad else max(new, 1)
+    parts, folded = [], 0
+    for start in range(0, new, stride):
+        stop = min(start + stride, new)
+        last = min(total, first + stop - delay) if stop < new else total - max(delay - 1, 0)
+        last = max(last, folded)
+        arguments = (q[:, :, start:stop], k[:, :, folded:last], values[:, :, folded:last], *state)
+        places = first + start - folded, delay, groups, chunk
+        run: Callable = _run_chunks if stride >= new else _checkpointed
+        values_of, scale, *fields = run(arguments, places)
+        parts.append(_Sums(values_of, scale))
+        state, folded = LinearState(*fields), last
+    return _joined(parts), state
+
+
+def _checkpointed(arguments: tuple, places: tuple) -> tuple:
+    return checkpoint(_run_chunks, arguments, places, use_reentrant=False)  # pyright: ignore (its stub gives None)
+
+
+def _run_chunks(arguments: tuple, places: tuple[int, int, int, int]) -> tuple:
+    """One stretch of queries: sums, their scale, and the fields of the state with all of the keys folded in.
+
+    Args:
+        arguments: Queries (B, H, n, F), keys (B, K, m, F), values (B, K, m, P + 1), and the fields of the state.
+        places: Column of the first query, counted from the first key; delay, query heads of a group, chunk.
+    """
+    q, k, values, *fields = arguments
+    offset, delay, groups, chunk = places
+    state, folded = LinearState(*fields), 0
+    parts = []
+    for start in range(0, q.shape[2], chunk):
+        stop = min(start + chunk, q.shape[2])
+        # every query of the chunk sees the first `common` keys, its last query sees `last`
+        common, last = (min(max(offset + i - delay + 1, folded), k.shape[2]) for i in (start, stop - 1))
+        state = fold(state, k[:, :, folded:common], values[:, :, folded:common])
+        folded = common
+        far = _state_sums(q[:, :, start:stop], state, groups)
+        if last > common:
+            keys = torch.arange(common, last, device=q.device)
+            queries = torch.arange(offset + start, offset + stop, device=q.device)
+            visible = keys <= (queries - delay).unsqueeze(1)
+            near = k[:, :, common:last], values[:, :, common:last]
+            far = _add(far, _pair_sums(q[:, :, start:stop], *near, visible, groups, logs=state.log_scale is not None))
+        parts.append(far)
+    state = fold(state, k[:, :, folded:], values[:, :, folded:])
+    sums = _joined(parts)
+    return *sums, *state
+
+
+def _state_sums(q: Tensor, state: LinearState, groups: int) -> _Sums:
+    """What queries (B, H, n, F) read from a state."""
+    if state.log_scale is None:
+        return _Sums(_grouped(_by_key_head(q, groups) @ state.sums, groups), None)
+    logs = _by_key_head(q, groups) + state.log_scale.unsqueeze(2)
+    top = logs.detach().amax(dim=-1, keepdim=True).clamp(min=_NOTHING)
+    values = (logs - top).exp() @ state.sums
+    return _Sums(_grouped(values, groups), _grouped(top, groups))
+
+
+def _pair_sums(q: Tensor, k: Tensor, values: Tensor, visible: Tensor, groups: int, *, logs: bool) -> _Sums:
+    """Sums over the keys (B, K, m, F) that each query (B, H, n, F) sees by visible (n, m)."""
+    rows, scale = _by_key_head(q, groups), None
+    if logs:
+        q_top, k_top = (x.detach().amax(dim=-1, keepdim=True).clamp(min=_NOTHING) for x in (rows, k))
+        bounds = _grouped(q_top, groups) + k_top.mT.unsqueeze(2)  # at most log F below the largest weight possible
+        scale = bounds.masked_fill(~visible, _NOTHING).amax(dim=-1, keepdim=True)
+        # products of features so far below the largest that they underflow still count for something
+        products = ((rows - q_top).exp() @ (k - k_top).exp().mT).clamp(min=torch.finfo(k.dtype).tiny)
+        weights = _grouped(products, groups) * (bounds - scale).clamp(max=0).exp()
+    else:
+        weights = _grouped(rows @ k.mT, groups)
+    weights = weights.masked_fill(~visible, 0).flatten(2, 3)
+    return _Sums(_grouped(weights @ values, groups), scale)
+
+
+def _window_sums(
+    window: SoftmaxWindow, values: Tensor, mask: Tensor | None, groups: int, chunk: int, *, both_sides: bool
+) -> _Sums:
+    """Sums with softmax weights over the keys of the window, relative to the largest score of each query."""
+    dtype = values.dtype
+    q, k = window.query.to(dtype), window.key.to(dtype)
+    total, new = k.shape[2], q.shape[2]
+    first = total - new
+    reach = window.size - 1
+
+    def part(q: Tensor, k: Tensor, values: Tensor, filled: Tensor | None, shift: int) -> tuple[Tensor, Tensor]:
+        scores = _grouped(_by_key_head(q, groups) @ k.mT, groups)
+        queries = torch.arange(scores.shape[3], device=q.device) + shift
+        distance = queries.unsqueeze(1) - torch.arange(k.shape[2], device=q.device)
+        hidden = (distance > reach) | (distance < (-reach if both_sides else 0))
+        if filled is not None:
+            hidden = hidden | ~filled[:, None, None, None, :]
+        scores = scores.masked_fill(hidden, -math.inf)
+        top = scores.amax(dim=-1, keepdim=True).clamp(min=_NOTHING)
+        weights = (scores - top).exp().flatten(2, 3)
+        return _grouped(weights @ values, groups), top
+
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, values))
+    parts = []
+    for start in range(0, new, chunk):
+        stop = min(start + chunk, new)
+        low = max(0, first + start - reach)
+        high = min(total, first + stop + (reach if both_sides else 0))
+        arguments = (
+            *(q[:, :, start:stop], k[:, :, low:high], values[:, :, low:high]),
+            *(None if mask is None else mask[:, low:high], first + start - low),
+        )
+        several = needs_grad and new > chunk * _KEPT_CHUNKS
+        sums: tuple = checkpoint(part, *arguments, use_reentrant=False) if several else part(*arguments)  # pyright: ignore
+        parts.append(_Sums(*sums))
+    return _joined(parts)
+
+
+def _normalised(linear: list[_Sums], near: _Sums | None, window: SoftmaxWindow | None, groups: int) -> Tensor:
+    """Outputs (B, H, n, P) of linear sums and those of a window."""
+    sums = linear[0]
+    for part in linear[1:]:
+        sums = _add(sums, part)
+    if near is not None and window is not None:
+        log_weight = None
+        if window.log_weight is not None:
+            log_weight = window.log_weight.to(near.values.dtype).view(1, -1, groups, 1, 1)
+        if sums.log_scale is None:
+            # the window stays relative to its largest score: that is the formula
+            sums = _Sums(sums.values + near.values * (1 if log_weight is None else log_weight.exp()), None)
+        else:
+            assert near.log_scale is not None  # noqa: S101 (narrows the type)
+            scale = near.log_scale if log_weight is None else near.log_scale + log_weight
+            # queries whose window is empty keep nothing of it, whatever its weight
+            sums = _add(sums, _Sums(near.values, torch.where(near.log_scale <= _NOTHING, near.log_scale, scale)))
+    values, weight = sums.values.flatten(1, 2).split([sums.values.shape[-1] - 1, 1], dim=-1)
+    return values / torch.where(weight == 0, 1, weight)
+
+
+def _add(a: _Sums, b: _Sums) -> _Sums:
+    if a.log_scale is None or b.log_scale is None:
+        return _Sums(a.values + b.values, None)
+    top = torch.maximum(a.log_scale, b.log_scale).detach()
+    return _Sums(a.values * (a.log_scale - top).exp() + b.values * (b.log_scale - top).exp(), top)
+
+
+def _joined(parts: list[_Sums]) -> _Sums:
+    if len(parts) == 1:
+        return parts[0]
+    scales = [part.log_scale for part in parts if part.log_scale is not None]
+    return _Sums(torch.cat([part.values for part in parts], dim=3), torch.cat(scales, dim=3) if scales else None)
+
+
+def _by_key_head(x: Tensor, groups: int) -> Tensor:
+    """Queries (B, H, n, F) of all heads that share a key head, one after the other: (B, K, G n, F)."""
+    return x.reshape(x.shape[0], x.shape[1] // groups, groups * x.shape[2], x.shape[3])
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """(B, K, G n, X) as (B, K, G, n, X)."""
+    return x.unflatten(2, (groups, -1))
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: SoftmaxWindow | None,
+    mask: Tensor | None,
+    state: LinearState | None,
+    log_features: bool,
+    chunk_size: int,
+) -> None:
+    """Refuse operands that do not fit together."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not (q.ndim == k.ndim == v.ndim == 4):
+        raise ValueError(f"expected q (B, H, n, F), k (B, K, N, F) and v (B, K, N, P), got {shapes}")
+    if k.shape[:3] != v.shape[:3] or len(q) != len(k) or q.shape[3] != k.shape[3] or q.shape[2] > k.shape[2]:
+        raise ValueError(
+            f"expected q (B, H, n, F), k (B, K, N, F) and v (B, K, N, P) with n at most N, got {shapes}; queries are "
+            f"those of the last columns of the keys"
+        )
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"the query heads ({q.shape[1]}) must be a multiple of the key heads ({k.shape[1]})")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (len(k), k.shape[2])):
+        raise ValueError(
+            f"mask must be bool of shape {(len(k), k.shape[2])}, one number a key, True for keys that exist, got "
+            f"{mask.dtype} {tuple(mask.shape)}"
+        )
+    if window is not None:
+        _check_window(window, q, k)
+    elif q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"without a window every key is that of a query, got {q.shape[2]} queries and {k.shape[2]} keys; earlier "
+            f"keys belong in the state"
+        )
+    if state is not None:
+        expected = (*k.shape[:2], k.shape[3], v.shape[3] + 1)
+        if tuple(state.sums.shape) != expected or (state.log_scale is not None) != log_features:
+            raise ValueError(
+                f"the state holds sums {tuple(state.sums.shape)} {'of' if state.log_scale is None else 'relative to'} "
+                f"{'plain features' if state.log_scale is None else 'logarithms'}, expected {expected} for "
+                f"log_features={log_features}; start with state=None"
+            )
+
+
+def _check_window(window: SoftmaxWindow, q: Tensor, k: Tensor) -> None:
+    if window.size < 1:
+        raise ValueError(
+            f"a window holds the token itself at least, got size {window.size}; pass window=None for none"
+        )
+    if window.query.shape[:3] != q.shape[:3] or window.key.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"the window's query and key must have the rows, heads and columns of q and k, got "
+            f"{tuple(window.query.shape)} and {tuple(window.key.shape)} for {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if window.query.shape[3] != window.key.shape[3]:
+        raise ValueError(
+            f"the window's query and key differ in width, {window.query.shape[3]} and {window.key.shape[3]}"
+        )
+    if window.log_weight is not None and window.log_weight.shape != (q.shape[1],):
+        raise ValueError(
+            f"log_weight must hold a number for each of the {q.shape[1]} query heads, got shape "
+            f"{tuple(window.log_weight.shape)}"
+        )
+
+
+__all__ = [
+    "LinearState",
+    "SoftmaxWindow",
+    "bidirectional_linear_attention",
+    "causal_linear_attention",
+    "empty_state",
+    "fold",
+    "linear_attention_weights",
+    "with_ones",
+]
