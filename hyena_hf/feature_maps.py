@@ -203,7 +203,9 @@ class PerformerMap(FeatureMap):
         for _ in range(-(-self.feature_dim // self.head_dim)):
             normal = torch.randn(self.head_dim, self.head_dim, generator=generator, device="cpu")
             lengths = torch.randn(self.head_dim, self.head_dim, generator=generator, device="cpu").norm(dim=1)
-            blocks.append(torch.linalg.qr(normal).Q.mT * lengths.unsqueeze(1))
+            q, r = torch.linalg.qr(normal)
+            # without the signs of r, q is not uniform: its first column always points against the first axis
+            blocks.append((q * r.diagonal().sign()).mT * lengths.unsqueeze(1))
         return torch.cat(blocks)[: self.feature_dim]
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:  # noqa: ARG002 (one interface)
