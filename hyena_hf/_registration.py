@@ -32,8 +32,8 @@ def register() -> None:
     AutoConfig.register(model_type, HyenaConfig, exist_ok=True)
     # Trainer reads the config of a checkpoint as a plain PreTrainedConfig, whose list of mixers is closed
     known = configuration_utils.ALLOWED_ATTN_LAYER_TYPES
-    if "hyena" not in known:
-        configuration_utils.ALLOWED_ATTN_LAYER_TYPES = (*known, "hyena")
+    ours = tuple(name for name in ("hyena", "hedgehog") if name not in known)
+    configuration_utils.ALLOWED_ATTN_LAYER_TYPES = (*known, *ours)
     # `transformers serve` takes other classes from its own package only
     for table, class_name in {**_MODELS, "MODEL_FOR_MULTIMODAL_LM_MAPPING": "HyenaForCausalLM"}.items():
         getattr(modeling_auto, f"{table}_NAMES")[model_type] = class_name

@@ -30,7 +30,11 @@ else:
     ResolvedInt, ResolvedBool, ResolvedNames, ResolvedDict = int | None, bool | None, list[str] | None, dict | None
     ResolvedPooling = Literal["first", "last", "mean"] | None
 
-LAYER_TYPES = ("hyena", "full_attention", "sliding_attention")
+LAYER_TYPES = ("hyena", "full_attention", "sliding_attention", "hedgehog")
+FEATURE_MAP_NAMES = (
+    *("hedgehog", "hedgehog_softmax", "hedgehog_joint_softmax", "relu", "elu"),
+    *("exp_1", "exp_2", "cosformer", "performer", "taylor"),
+)
 FILTER_TYPES = ("implicit", "explicit", "modal")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 NORM_TYPES = ("layer_norm", "rms_norm", "rms_norm_outer_eps")
@@ -104,8 +108,8 @@ class HyenaConfig(PreTrainedConfig):
             are MultiHyena, which is defined for causal models of order 2 only.
         is_causal (`bool`): Whether tokens see only what stands before them, in every layer. Otherwise convolutions
             have a second filter over later tokens and attention sees both sides; such a model takes no cache.
-        layer_types (`list[str]`, *optional*): Mixer of every layer: `"hyena"` (default), `"full_attention"` or
-            `"sliding_attention"`.
+        layer_types (`list[str]`, *optional*): Mixer of every layer: `"hyena"` (default), `"full_attention"`,
+            `"sliding_attention"` or `"hedgehog"`, linear attention.
         filter_types (`list[str]`, *optional*): Filter of every layer, read where the mixer is `"hyena"`:
             `"implicit"` (default), `"explicit"` or `"modal"`, the form of distilled models (causal ones only).
         filter_length (`int` or `list[int]`, *optional*): Number of taps (one value, or one a layer). An explicit
@@ -159,6 +163,12 @@ class HyenaConfig(PreTrainedConfig):
         num_key_value_heads (`int`, *optional*): Key-value heads (None: as many as query heads).
         head_dim (`int`, *optional*): Width of an attention head (None: `hidden_size // num_attention_heads`).
         sliding_window (`int`, *optional*): Tokens that a `"sliding_attention"` layer sees, the current one included.
+        feature_map (`str`): Feature map of `"hedgehog"` layers, a name of `hyena_hf.feature_maps.FEATURE_MAPS`. The
+            cosformer's refuses inputs longer than `max_position_embeddings`.
+        feature_dim (`int`, *optional*): Outputs of a learned feature map, of which Hedgehog's have two features each,
+            or random features of the Performer (None: `head_dim`).
+        linear_attention_window (`int`): Tokens that keep softmax attention in a `"hedgehog"` layer, the current one
+            included (bidirectional: as many on either side); 0 for linear attention alone.
         rope_parameters (`dict`, *optional*): Rotary position embedding of the attention layers, in transformers' form.
         rope_frequency_dtype (`str`): `"float32"`, or `"bfloat16"` for rotary frequencies rounded to it: the files of
             Evo 2 hold such, and its published code uses them.
@@ -172,8 +182,8 @@ class HyenaConfig(PreTrainedConfig):
         residual_in_fp32 (`bool`): Keep the residual stream of a half-precision model in float32.
         initializer_range (`float`): Standard deviation of the initial weights.
         embed_dropout, resid_dropout, mlp_dropout, hyena_dropout, attention_dropout (`float`): Dropout after the
-            embedding, after mixers and MLPs, inside MLPs, on the gated inputs of the long convolutions, on attention
-            weights.
+            embedding, after mixers and MLPs, inside MLPs, on the gated inputs of the long convolutions, on the
+            weights of softmax attention.
         classifier_pooling (`str`, *optional*): What a head for whole sequences reads: `"last"`, the last real token
             (default of causal models), `"first"`, or `"mean"`, the mean of all real tokens (default of others).
         use_cache (`bool`, *optional*): Return a cache from `forward` unless told otherwise (None: `is_causal`).
@@ -231,6 +241,9 @@ class HyenaConfig(PreTrainedConfig):
     num_key_value_heads: ResolvedInt = None
     head_dim: ResolvedInt = None
     sliding_window: int | None = None
+    feature_map: str = "hedgehog"
+    feature_dim: int | None = None
+    linear_attention_window: int = 0
     rope_parameters: ResolvedDict = None
     rope_frequency_dtype: Literal["float32", "bfloat16"] = "float32"
     beyond_trained_length: Literal["extrapolate", "refuse"] = "extrapolate"
@@ -388,12 +401,12 @@ class HyenaConfig(PreTrainedConfig):
                     )
 
     def _validate_sizes(self) -> None:
-        least = {"order": 2, "filter_num_layers": 2, "type_vocab_size": 0}
+        least = {"order": 2, "filter_num_layers": 2, "type_vocab_size": 0, "linear_attention_window": 0}
         names = (
             *("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"),
             *("order", "num_heads", "filter_hidden_size", "filter_num_layers", "filter_num_bands"),
             *("short_conv_kernel", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
-            *("type_vocab_size", "mlp_blocks"),
+            *("type_vocab_size", "mlp_blocks", "feature_dim", "linear_attention_window"),
         )
         values = [(name, getattr(self, name)) for name in names]
         for name in ("filter_length", "state_size", "num_poles", "filter_groups"):
@@ -506,6 +519,13 @@ class HyenaConfig(PreTrainedConfig):
             )
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types holds 'sliding_attention' but sliding_window is None; set sliding_window")
+        if self.feature_map not in FEATURE_MAP_NAMES:
+            raise ValueError(f"feature_map is {self.feature_map!r}; choose one of {', '.join(FEATURE_MAP_NAMES)}")
+        if self.feature_dim is not None and self.feature_map in ("elu", "exp_1", "exp_2", "cosformer", "taylor"):
+            raise ValueError(
+                f"feature_dim ({self.feature_dim}) has no meaning for feature_map {self.feature_map!r}, which has "
+                f"nothing to learn or draw; leave it out"
+            )
         rope_type = self.rope_parameters["rope_type"]
         if not 0 < self.rope_parameters["rope_theta"] < float("inf"):
             raise ValueError(f"rope_theta ({self.rope_parameters['rope_theta']}) must be a finite number above 0")

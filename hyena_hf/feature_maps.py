@@ -22,6 +22,7 @@ B batch, H heads, n tokens, P head width, D outputs of a learned map, F features
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -180,7 +181,7 @@ class CosformerMap(FeatureMap):
             raise ValueError("the cosformer map weighs keys by their distance: pass positions")
         x = _exact(x).relu()
         angle = positions.to(x.dtype) * (math.pi / 2 / self.max_length)
-        angle = angle.view(-1, 1, angle.shape[-1], 1)
+        angle = angle[..., None, :, None]
         return torch.cat([x * angle.cos(), x * angle.sin()], dim=-1)
 
 
@@ -194,15 +195,17 @@ class PerformerMap(FeatureMap):
     def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None, max_length: int = 1) -> None:
         super().__init__(num_heads, head_dim, feature_dim, max_length)
         # saved with the model: other directions are another map, and queries and keys must share theirs
-        self.register_buffer("directions", self.initial_directions())
+        self.register_buffer("directions", self.initial_directions().to(torch.get_default_dtype()))
 
     def initial_directions(self) -> Tensor:
         """Directions w (F, P), alike in all maps of these widths: orthogonal in blocks of P, with random lengths."""
         generator = torch.Generator().manual_seed(0)
         blocks = []
         for _ in range(-(-self.feature_dim // self.head_dim)):
-            normal = torch.randn(self.head_dim, self.head_dim, generator=generator, device="cpu")
-            lengths = torch.randn(self.head_dim, self.head_dim, generator=generator, device="cpu").norm(dim=1)
+            # in float32 on the CPU, whatever the dtype and device that a model is made in
+            draw = partial(torch.randn, generator=generator, device="cpu", dtype=torch.float32)
+            normal, lengths = (draw(self.head_dim, self.head_dim) for _ in range(2))
+            lengths = lengths.norm(dim=1)
             q, r = torch.linalg.qr(normal)
             # without the signs of r, q is not uniform: its first column always points against the first axis
             blocks.append((q * r.diagonal().sign()).mT * lengths.unsqueeze(1))

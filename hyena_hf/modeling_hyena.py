@@ -33,9 +33,10 @@ from .block_diagonal import BlockDiagonalLinear
 from .cache import FrozenTaps, HyenaCacheLayer, Plan, adopt_cache, in_turn
 from .configuration_hyena import HyenaConfig
 from .filters import FILTERS, ExplicitFilter, FilterLinear, ImplicitFilter, ModalFilter, decay_rates
-from .mixers import HyenaAttention, HyenaMixer, RotaryEmbedding
+from .mixers import HedgehogMixer, HyenaAttention, HyenaMixer, RotaryEmbedding
 from .mixers.attention import AttentionWeights, rotary_frequencies
 from .mixers.hyena import ResidualConv, ShortConv
+from .mixers.linear_attention import init_linear_attention
 from .mixers.projections import is_plain
 from .ops import Segments
 from .ops.engine import is_traced
@@ -163,12 +164,20 @@ class BlockDiagonalMLP(nn.Module):
         return self.down_proj(self.dropout(inner))
 
 
+MIXERS: dict[str, type[HyenaMixer | HyenaAttention | HedgehogMixer]] = {
+    "hyena": HyenaMixer,
+    "full_attention": HyenaAttention,
+    "sliding_attention": HyenaAttention,
+    "hedgehog": HedgehogMixer,
+}
+
+
 class HyenaDecoderLayer(GradientCheckpointingLayer):
     """x + mixer(norm(x)), then x + mlp(norm(x)); or a block of M2-BERT, see `block_type` of the config."""
 
     def __init__(self, config: HyenaConfig, layer_idx: int) -> None:
         super().__init__()
-        mixer = HyenaMixer if config.layer_types[layer_idx] == "hyena" else HyenaAttention
+        mixer = MIXERS[config.layer_types[layer_idx]]
         self.is_pre_norm = config.block_type == "pre_norm"
         self.mixer_norm = make_mixer_norm(config)
         self.mixer = mixer(config, layer_idx)
@@ -241,6 +250,9 @@ class HyenaPreTrainedModel(PreTrainedModel):
         | norms: weight, bias | 1, 0 | no | base |
         | mixer.short_conv: weight, bias | U(-1/sqrt(K), 1/sqrt(K)) | no | base |
         | mixer.skip, mixer.residual.skip | N(0, 1) | no | base |
+        | mixer.attention.q_map, .k_map: weight, bias | identity in every head, 0 | no | base |
+        | mixer.attention.window_factor | logit of 0.1 | no | base |
+        | mixer.attention.q_map.directions, .k_map.directions (buffers) | formula in feature_maps.py | | |
         | mixer.filter.layers, .output, .reverse_layers, .reverse_output | N(0, r^2), bias 0 | no | filter |
         | mixer.filter.frequency | sine_frequency | no | filter |
         | mixer.filter.features (where trained) | formula in filters.py | no | filter |
@@ -274,7 +286,7 @@ class HyenaPreTrainedModel(PreTrainedModel):
                 init.normal_(module.mlp.down_proj.weight, std=std)
         elif isinstance(module, HyenaMixer | ResidualConv):
             init.normal_(module.skip)
-        else:
+        elif not init_linear_attention(module):
             self._init_filter(module)
 
     def _init_filter(self, module: nn.Module) -> None:
@@ -322,7 +334,8 @@ class HyenaPreTrainedModel(PreTrainedModel):
             if ".filter." in name:
                 policy[name] = False, "filter"
             else:
-                policy[name] = parameter.ndim > 1 and not name.endswith((".skip", "short_conv.weight")), "base"
+                whole = not name.endswith((".skip", "short_conv.weight", "_map.weight", "_map.bias"))
+                policy[name] = parameter.ndim > 1 and whole, "base"
         return policy
 
     @contextmanager
@@ -670,13 +683,14 @@ class HyenaModel(HyenaPreTrainedModel):
                 f"for; make it longer or use a DynamicCache"
             )
         config = self.config
+        distances = config.feature_map == "cosformer" and "hedgehog" in config.layer_types
         tables = config.trainable_positional_features or config.learned_positions
-        if config.beyond_trained_length != "refuse" and not tables:
+        if config.beyond_trained_length != "refuse" and not tables and not distances:
             return
         past = 0 if first is None else int(torch.as_tensor(first.tokens).max())
         if past + new > self.config.max_position_embeddings:
             what = "positional features" if self.config.trainable_positional_features else "position embeddings"
-            reason = f"its {what} are a trained table"
+            reason = f"its {what} are a trained table" if tables else "its cosformer map would give negative weights"
             if self.config.beyond_trained_length == "refuse":
                 reason = "beyond_trained_length is 'refuse'"
             raise ValueError(

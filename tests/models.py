@@ -12,7 +12,7 @@ from hyena_hf.cache import online
 from hyena_hf.ops.modal import NO_POLE, PI
 
 
-HYENA, FULL, SLIDING = "hyena", "full_attention", "sliding_attention"
+HYENA, FULL, SLIDING, HEDGEHOG = "hyena", "full_attention", "sliding_attention", "hedgehog"
 
 SHAPE = {
     "vocab_size": 97,
@@ -43,6 +43,12 @@ MODELS = {
         "filter_types": ["implicit", "explicit", "implicit"],
         "filter_length": 9,
     },
+    "hedgehog": {"layer_types": [HYENA, HEDGEHOG, HYENA]},
+    "hedgehog window": {
+        "layer_types": [HEDGEHOG, HYENA, HEDGEHOG],
+        "feature_map": "hedgehog_softmax",
+        "linear_attention_window": 6,
+    },
 }
 
 # what else a config can combine
@@ -56,6 +62,9 @@ COMBINATIONS = {
         "use_bias": False,
         "short_conv_kernel": 1,
     },
+    "cosformer": {"layer_types": [HEDGEHOG, FULL, HEDGEHOG], "feature_map": "cosformer", "linear_attention_window": 3},
+    "performer": {"layer_types": [HEDGEHOG] * 3, "feature_map": "performer", "feature_dim": 12},
+    "taylor": {"layer_types": [HEDGEHOG] * 3, "feature_map": "taylor"},
     "attention only": {"layer_types": [FULL, SLIDING, FULL], "sliding_window": 4},
     "explicit order 3": {"order": 3, "filter_types": ["explicit"] * 3, "short_conv_kernel": 4},
     "explicit heads": {"num_heads": 1, "filter_types": ["explicit"] * 3, "filter_length": [5, 300, 16]},
@@ -138,3 +147,23 @@ def shrink_tiles(monkeypatch) -> None:
 def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
     """Random token ids."""
     return torch.randint(0, SHAPE["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def linear_attention(config, module):
+    """Parameters of linear attention as the oracle takes them."""
+
+    def feature_map(phi):
+        return {
+            "name": config.feature_map,
+            "max_length": config.max_position_embeddings,
+            **{name: tensor.numpy() for name, tensor in phi.state_dict().items()},
+        }
+
+    factor = module.window_factor
+    return {
+        "q_map": feature_map(module.q_map),
+        "k_map": feature_map(module.k_map),
+        "window": module.window,
+        "window_factor": None if factor is None else factor.numpy(),
+        "joint": module.q_map.is_log,
+    }

@@ -383,11 +383,65 @@ def attention(q: Array, k: Array, v: Array, window: int | None = None, causal: b
     return softmax(np.where(visible, scores, -np.inf)) @ v
 
 
+def feature_map(x: Array, params: dict) -> Array:
+    """phi of heads x (..., H, L, P), (..., H, L, F).
+
+    params: "name" of a map of `hyena_hf.feature_maps`; "weight" (H, P, D), "bias" (H, D) of learned ones; "directions"
+    (F, P) of the Performer; "max_length" of the cosformer.
+    """
+    x, name = exact(x), params["name"]
+    if "weight" in params:
+        y = np.einsum("...hlp,hpf->...hlf", x, exact(params["weight"])) + exact(params["bias"])[:, None]
+        if name == "hedgehog":
+            return np.concatenate([np.exp(y), np.exp(-y)], axis=-1)
+        if name == "hedgehog_softmax":
+            return np.concatenate([softmax(y), softmax(-y)], axis=-1)
+        if name == "hedgehog_joint_softmax":
+            return softmax(np.concatenate([y, -y], axis=-1))
+        return np.maximum(y, 0)
+    z = x / x.shape[-1] ** 0.25
+    if name == "performer":
+        w = exact(params["directions"])
+        return np.exp(z @ w.T - (z**2).sum(-1, keepdims=True) / 2) / np.sqrt(len(w))
+    if name == "taylor":
+        outer = (z[..., :, None] * z[..., None, :]).reshape(*z.shape[:-1], -1)
+        return np.concatenate([np.ones_like(z[..., :1]), z, outer / np.sqrt(2)], axis=-1)
+    if name == "cosformer":
+        angle = (np.pi / 2 / params["max_length"]) * np.arange(x.shape[-2])[:, None]
+        return np.concatenate([np.maximum(x, 0) * np.cos(angle), np.maximum(x, 0) * np.sin(angle)], axis=-1)
+    if name == "elu":
+        return np.where(x > 0, 1 + x, np.exp(np.minimum(x, 0)))
+    return np.exp({"exp_1": 1, "exp_2": 2}[name] * x)
+
+
+def linear_attention(q: Array, k: Array, v: Array, params: dict) -> Array:
+    """Linear attention of q (..., H, L, P) over k, v (..., G, L, P), pair by pair; returns (..., H, L, P).
+
+    params: "q_map" and "k_map" as in `feature_map`; "window", 0 or the number of tokens with softmax weights; its
+    logit "window_factor" (H,); "joint", whether these weights are on the scale of the scores instead of relative to
+    the largest in the window; optional "causal".
+    """
+    repeats = q.shape[-3] // k.shape[-3]
+    keys = np.repeat(feature_map(k, params["k_map"]), repeats, axis=-3)
+    k, v = np.repeat(exact(k), repeats, axis=-3), np.repeat(exact(v), repeats, axis=-3)
+    lag = np.subtract.outer(np.arange(q.shape[-2]), np.arange(q.shape[-2]))
+    visible, window = (lag >= 0) | (not params.get("causal", True)), params["window"]
+    weights = np.where(visible & (abs(lag) >= window), feature_map(q, params["q_map"]) @ np.swapaxes(keys, -1, -2), 0)
+    if window:
+        near = visible & (abs(lag) < window)
+        scores = np.where(near, exact(q) @ np.swapaxes(k, -1, -2) / np.sqrt(q.shape[-1]), -np.inf)
+        top = 0 if params["joint"] else scores.max(-1, keepdims=True)
+        weights = weights + np.exp(scores - top) / (1 + np.exp(-exact(params["window_factor"])))[:, None, None]
+    total = weights.sum(-1, keepdims=True)
+    return weights / np.where(total == 0, 1, total) @ v
+
+
 def attention_mixer(u: Array, params: dict) -> Array:
     """Attention layer on u (..., L, D) with rotary positions.
 
     params: linears "q_proj", "k_proj", "v_proj", "o_proj"; "num_heads", "num_key_value_heads"; optional "window",
-    "causal", "rope_theta" (default 10000), or "rotary" = (cos, sin) to use given tables.
+    "causal", "rope_theta" (default 10000), or "rotary" = (cos, sin) to use given tables; "linear", the params
+    of linear attention.
     """
     length = np.shape(u)[-2]
 
@@ -399,7 +453,11 @@ def attention_mixer(u: Array, params: dict) -> Array:
     k = heads("k_proj", params["num_key_value_heads"])
     v = heads("v_proj", params["num_key_value_heads"])
     cos, sin = params.get("rotary") or rotary_tables(np.arange(length), q.shape[-1], params.get("rope_theta", 10000.0))
-    y = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, params.get("window"), params.get("causal", True))
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if "linear" in params:
+        y = linear_attention(q, k, v, params["linear"])
+    else:
+        y = attention(q, k, v, params.get("window"), params.get("causal", True))
     y = np.swapaxes(y, -2, -3)
     return linear(y.reshape(*y.shape[:-2], -1), params["o_proj"])
 

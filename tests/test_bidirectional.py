@@ -21,7 +21,7 @@ from hyena_hf.filters import ExplicitFilter, ImplicitFilter, positional_features
 from hyena_hf.mixers import HyenaMixer
 from hyena_hf.ops import bidirectional_fftconv
 from tests import golden_reader, oracles
-from tests.models import FULL, HYENA, SLIDING, config_of, new_model, tokens
+from tests.models import FULL, HEDGEHOG, HYENA, SLIDING, config_of, linear_attention, new_model, tokens
 
 
 NAMES = ("u", "h", "h_reverse", "direct", "pregate", "postgate")
@@ -45,6 +45,13 @@ MODELS = {
     },
     "trained features": {"trainable_positional_features": True, "tie_word_embeddings": False},
     "partial": {"modulation": False, "filter_length": 11, "residual_in_fp32": True, "num_hidden_layers": 2},
+    "hedgehog": {"layer_types": [HEDGEHOG, HYENA, HEDGEHOG]},
+    "hedgehog window": {
+        "layer_types": [HEDGEHOG, FULL, HEDGEHOG],
+        "feature_map": "hedgehog_softmax",
+        "linear_attention_window": 4,
+    },
+    "cosformer": {"layer_types": [HEDGEHOG] * 3, "feature_map": "cosformer"},
     "monarch mixer": {
         "block_type": "monarch_mixer_norm",
         "residual_conv": True,
@@ -319,6 +326,10 @@ def mixer(model, index, length):
             "skip": module.skip.numpy(),
             **residual(config, module.residual, length),
         }
+    if config.layer_types[index] == HEDGEHOG:
+        kind = {"linear": linear_attention(config, module.attention) | {"causal": False}}
+    else:
+        kind = {"window": module.sliding_window, "causal": False}
     angles = np.tile(np.outer(np.arange(length), model.model.rotary_emb.inv_freq.numpy()), 2)
     return {
         **{name: linear(getattr(module, name)) for name in ("q_proj", "k_proj", "v_proj")},
@@ -326,8 +337,7 @@ def mixer(model, index, length):
         "num_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
         "rotary": (np.cos(angles), np.sin(angles)),
-        "window": module.sliding_window,
-        "causal": False,
+        **kind,
     }
 
 

@@ -13,7 +13,7 @@ from hyena_hf import (
     HyenaForSequenceClassification,
     HyenaModel,
 )
-from tests.models import COMBINATIONS, FULL, HYENA, SLIDING, config_of, new_model, tokens
+from tests.models import COMBINATIONS, FULL, HEDGEHOG, HYENA, SLIDING, config_of, new_model, tokens
 
 
 # Observables of a config that differs from the tiny one in some fields.
@@ -87,6 +87,7 @@ def generation_ids(**changes):
 
 
 ATTENTION = {"layer_types": [HYENA, FULL, SLIDING], "sliding_window": 8}
+LINEAR = {"layer_types": [HYENA, HEDGEHOG, FULL]}
 
 # field: (observable, one value, another value, what both configs share)
 EFFECTS = {
@@ -131,6 +132,9 @@ EFFECTS = {
     "num_key_value_heads": (shapes, 4, 2, ATTENTION),
     "head_dim": (shapes, 8, 4, ATTENTION),
     "sliding_window": (logits, 8, 9, ATTENTION),
+    "feature_map": (logits, "hedgehog", "hedgehog_softmax", LINEAR),
+    "feature_dim": (shapes, None, 3, LINEAR),
+    "linear_attention_window": (logits, 2, 3, LINEAR),
     "rope_parameters": (logits, None, {"rope_type": "default", "rope_theta": 100.0}, ATTENTION),
     "rope_frequency_dtype": (logits, "float32", "bfloat16", ATTENTION),
     "beyond_trained_length": (longest_input, "extrapolate", "refuse"),
@@ -221,6 +225,10 @@ REFUSED = [
     ({**HYBRID, "num_attention_heads": 3, "num_key_value_heads": 2}, ValueError, ["(3)", "(2)", "divisor"]),
     ({**HYBRID, "head_dim": 7}, ValueError, ["head_dim (7)", "even", "(4)"]),
     ({**HYBRID, "num_attention_heads": 0}, ValueError, ["num_attention_heads (0)", "at least 1"]),
+    ({**LINEAR, "feature_map": "hedge"}, ValueError, ["'hedge'", "hedgehog_softmax"]),
+    ({**LINEAR, "feature_map": "elu", "feature_dim": 8}, ValueError, ["feature_dim (8)", "'elu'", "leave it out"]),
+    ({**LINEAR, "feature_dim": 0}, ValueError, ["feature_dim (0)", "at least 1"]),
+    ({**LINEAR, "linear_attention_window": -1}, ValueError, ["linear_attention_window (-1)", "at least 0"]),
     ({"layer_types": [SLIDING] * 3}, ValueError, ["sliding_window is None", "set sliding_window"]),
     ({**HYBRID, "rope_parameters": {"rope_type": "spiral", **ROTARY}}, ValueError, ["'spiral'", "'yarn'"]),
     ({**HYBRID, "rope_parameters": {"rope_type": "linear", **ROTARY}}, ValueError, ["factor"]),

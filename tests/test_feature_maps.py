@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hyena_hf import HyenaConfig
+from hyena_hf.configuration_hyena import FEATURE_MAP_NAMES
 from hyena_hf.feature_maps import FEATURE_MAPS, FeatureMap, LearnedMap, make_feature_map
 from hyena_hf.ops.linear_attention import linear_attention_weights
 
@@ -166,6 +168,18 @@ def test_the_number_of_features_is_told(name: str) -> None:
     phi = a_map(name)
     assert phi(tokens(), torch.arange(LENGTH)).shape == (2, HEADS, LENGTH, phi.num_features)
     assert str(phi.num_features) in repr(phi)
+
+
+def test_the_config_knows_every_map() -> None:
+    assert set(FEATURE_MAP_NAMES) == set(FEATURE_MAPS)
+    for name in FEATURE_MAPS:
+        fixed = not FEATURE_MAPS[name].has_feature_dim
+        options = {"layer_types": ["hedgehog"] * 18, "feature_map": name, "feature_dim": 8}
+        if fixed:
+            with pytest.raises(ValueError, match="leave it out"):
+                HyenaConfig(**options)
+        else:
+            assert HyenaConfig(**options).feature_dim == 8
 
 
 def test_wrong_names_and_widths_are_refused() -> None:

@@ -18,7 +18,7 @@ from hyena_hf.mixers import HyenaMixer
 from hyena_hf.modeling_hyena import HyenaMLP, make_norm
 from hyena_hf.ops.modal import NO_POLE
 from tests import oracles
-from tests.models import COMBINATIONS, HYENA, SHAPE, config_of, model_of, new_model, tokens
+from tests.models import COMBINATIONS, HEDGEHOG, HYENA, SHAPE, config_of, linear_attention, model_of, new_model, tokens
 
 
 every_combination = pytest.mark.parametrize("name", COMBINATIONS)
@@ -91,11 +91,15 @@ def mixer(model, layer, length):
             "out_proj": linear(module.out_proj),
         }
     names = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "out_proj"}
+    if config.layer_types[layer] == HEDGEHOG:
+        kind = {"linear": linear_attention(config, module.attention)}
+    else:
+        kind = {"window": module.sliding_window}
     return {
+        **kind,
         **{name: linear(getattr(module, ours)) for name, ours in names.items()},
         "num_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
-        "window": module.sliding_window,
         "rotary": rotary(model, length),
     }
 

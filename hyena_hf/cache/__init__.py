@@ -2,7 +2,7 @@
 """What a Hyena model remembers between calls of `forward`.
 
 One `HyenaCacheLayer` per block holds one history per operator that mixes along the sequence: the short convolution,
-every long convolution, or the keys and values of attention. All histories follow one rule:
+every long convolution, keys and values of attention, or the state of linear attention. All histories follow one rule:
 
     committed inputs are right-aligned:      every row's past ends at the same column
     new and pending inputs are left-aligned: every row's new tokens begin at the next column
@@ -18,6 +18,7 @@ B batch, C channels of an operator, T committed columns, n new columns.
 
 from .history import AttentionHistory, ExactHistory, HeadHistory, History, NoMemory
 from .layer import HyenaCacheLayer, adopt_cache, in_turn
+from .linear import LinearHistory
 from .modal import HeadModalState, ModalState
 from .online import OnlineTiles
 from .plan import DECODE_CACHES, Plan
@@ -34,6 +35,7 @@ __all__ = [
     "HeadModalState",
     "History",
     "HyenaCacheLayer",
+    "LinearHistory",
     "ModalState",
     "NoMemory",
     "OnlineTiles",

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
     STATIC_LAYER_TYPE_MAPPING,
     Cache,
     CacheLayerMixin,
@@ -261,7 +262,8 @@ class HyenaCacheLayer(CacheLayerMixin):
         return self.taps.nbytes() + sum(history.nbytes() for history in self.histories)
 
 
-STATIC_LAYER_TYPE_MAPPING["hyena"] = HyenaCacheLayer
+for _name in ("hyena", "hedgehog"):
+    DYNAMIC_LAYER_TYPE_MAPPING[_name] = STATIC_LAYER_TYPE_MAPPING[_name] = HyenaCacheLayer
 
 _REPLACEABLE = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 

@@ -2,7 +2,8 @@
 """What mixes along the sequence in a block: one class each, all with forward(hidden_states, segments, cache_layer)."""
 
 from .attention import HyenaAttention, RotaryEmbedding
+from .hedgehog import HedgehogMixer
 from .hyena import HyenaMixer
 
 
-__all__ = ["HyenaAttention", "HyenaMixer", "RotaryEmbedding"]
+__all__ = ["HedgehogMixer", "HyenaAttention", "HyenaMixer", "RotaryEmbedding"]

@@ -128,6 +128,14 @@ def _attend_to_row(memory: Memory, x: Tensor, counts: Tensor | None, queries: in
     return attend(x[:, :queries], x[:, queries:], filled)
 
 
+def remembered(make: Callable, cache_layer: HyenaCacheLayer | None, hidden_states: Tensor) -> Memory:
+    """The cache layer, set up by `make` on first use; without one, empty histories for this call alone."""
+    if cache_layer is None:
+        return NoMemory(make(None, None))
+    cache_layer.attach(make, hidden_states.shape[0], hidden_states.device)
+    return cache_layer
+
+
 class AttentionWeights(nn.Module):
     """Passes the weights of a layer on, (B, H, L, S + L): transformers records what goes through."""
 
@@ -136,7 +144,33 @@ class AttentionWeights(nn.Module):
         return weights
 
 
-class HyenaAttention(nn.Module):
+class HeadProjections(nn.Module):
+    """Queries, keys and values of the heads of a layer, and the way back.
+
+    Args:
+        config: The model's config.
+    """
+
+    def __init__(self, config: HyenaConfig) -> None:
+        super().__init__()
+        self.head_dim, self.scaling = config.head_dim, config.head_dim**-0.5
+        self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        width, bias = config.hidden_size, config.has_bias("qkv_proj")
+        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.num_key_value_heads * self.head_dim, bias=bias)
+        self.out_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=config.has_bias("attention_out_proj"))
+
+    def project(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Queries, keys and values (B, L, (H + 2 H_kv) P) of (B, L, D), the first two turned by their positions."""
+        heads = (*hidden_states.shape[:2], -1, self.head_dim)
+        q, k = (projection(hidden_states).view(heads) for projection in (self.q_proj, self.k_proj))
+        if position_embeddings is not None:
+            q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
+        return torch.cat([q.flatten(2), k.flatten(2), self.v_proj(hidden_states)], dim=-1)
+
+
+class HyenaAttention(HeadProjections):
     """Softmax attention, full or over a sliding window, causal or not.
 
     Args:
@@ -145,21 +179,14 @@ class HyenaAttention(nn.Module):
     """
 
     def __init__(self, config: HyenaConfig, layer_idx: int) -> None:
-        super().__init__()
+        super().__init__(config)
         self.is_causal = config.is_causal  # read by transformers' attention functions
         self.visible = _see_earlier if config.is_causal else _see_both_sides
         self.attend_in_rows = _attend_to_memory if config.is_causal else _attend_to_row
         self.config, self.layer_idx = config, layer_idx
-        self.head_dim, self.scaling = config.head_dim, config.head_dim**-0.5
-        self.num_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
         sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
-        width, bias = config.hidden_size, config.has_bias("qkv_proj")
-        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, self.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, self.num_key_value_heads * self.head_dim, bias=bias)
-        self.out_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=config.has_bias("attention_out_proj"))
         self.weights = AttentionWeights()
 
     def make_histories(self, length: int | None, expected: int | None) -> list[AttentionHistory]:
@@ -188,17 +215,8 @@ class HyenaAttention(nn.Module):
         Returns:
             (B, L, D).
         """
-        if cache_layer is None:
-            memory = NoMemory(self.make_histories(None, None))
-        else:
-            memory = cache_layer
-            memory.attach(self.make_histories, hidden_states.shape[0], hidden_states.device)
-
-        heads = (*hidden_states.shape[:2], -1, self.head_dim)
-        q, k = (projection(hidden_states).view(heads) for projection in (self.q_proj, self.k_proj))
-        if position_embeddings is not None:
-            q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
-        stream = torch.cat([q.flatten(2), k.flatten(2), self.v_proj(hidden_states)], dim=-1)
+        memory = remembered(self.make_histories, cache_layer, hidden_states)
+        stream = self.project(hidden_states, position_embeddings)
 
         lay_out = self.layout(memory, segments, hidden_states, kwargs)
         parts: list[Tensor] = []

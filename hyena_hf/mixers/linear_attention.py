@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear attention between given queries, keys and values: feature maps, and a window of softmax attention."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from hyena_hf.feature_maps import LearnedMap, PerformerMap, make_feature_map
+from hyena_hf.ops.linear_attention import (
+    LinearState,
+    SoftmaxWindow,
+    bidirectional_linear_attention,
+    causal_linear_attention,
+    empty_state,
+    fold,
+    with_ones,
+)
+
+
+class LinearAttention(nn.Module):
+    """Feature maps of queries and keys, and what they do to rows of them.
+
+    Args:
+        num_heads, num_key_value_heads, head_dim: H, K, P.
+        feature_map: Name in `FEATURE_MAPS`.
+        feature_dim: As in `FeatureMap`.
+        window: Tokens that keep softmax attention, the current one included; 0 for none.
+        scaling: Factor on the scores of softmax attention.
+        max_length: Positions that a map of positions covers.
+        is_causal: Whether tokens see earlier ones only.
+    """
+
+    def __init__(  # noqa: PLR0913 (sizes of a layer, each needed)
+        self,
+        *,
+        num_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        feature_map: str,
+        feature_dim: int | None,
+        window: int,
+        scaling: float,
+        max_length: int,
+        is_causal: bool,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, num_key_value_heads, head_dim
+        self.window, self.scaling, self.is_causal = window, scaling, is_causal
+        self.q_map = make_feature_map(feature_map, num_heads, head_dim, feature_dim, max_length)
+        self.k_map = make_feature_map(feature_map, num_key_value_heads, head_dim, feature_dim, max_length)
+        self.window_factor = nn.Parameter(self.initial_window_factor()) if window else None
+
+    def initial_window_factor(self) -> Tensor:
+        """A logit for each query head (H,): the window's weights count a tenth (LoLCATs)."""
+        return torch.full((self.num_heads,), math.log(0.1 / 0.9))
+
+    def respond(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        filled: Tensor | None = None,
+        state: LinearState | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, LinearState]:
+        """Causal attention of the last n columns to all, as `LinearOperator` says: q (B, H P, n) -> (B, H P, n)."""
+        query, (key, value) = self.heads(q), map(self.heads, kv.chunk(2, dim=1))
+        first = None if positions is None else positions[..., kv.shape[-1] - q.shape[-1] :]
+        y, state = causal_linear_attention(
+            self.q_map(query, first),
+            self.k_map(key, positions),
+            value,
+            log_features=self.q_map.is_log,
+            window=self.softmax_window(query, key),
+            mask=filled,
+            state=state,
+        )
+        return y.transpose(2, 3).flatten(1, 2), state
+
+    def attend_both_sides(self, q: Tensor, kv: Tensor, filled: Tensor | None) -> Tensor:
+        """Attention of every column to all that are filled (B, n); None: all. q (B, H P, n) -> (B, H P, n)."""
+        query, (key, value) = self.heads(q), map(self.heads, kv.chunk(2, dim=1))
+        positions = torch.arange(q.shape[-1], device=q.device)
+        y = bidirectional_linear_attention(
+            self.q_map(query, positions),
+            self.k_map(key, positions),
+            value,
+            log_features=self.q_map.is_log,
+            window=self.softmax_window(query, key),
+            mask=filled,
+        )
+        return y.transpose(2, 3).flatten(1, 2)
+
+    def fold(self, kv: Tensor, filled: Tensor | None, state: LinearState | None, positions: Tensor) -> LinearState:
+        """The state with columns added, as `LinearOperator` says."""
+        key, value = map(self.heads, kv.chunk(2, dim=1))
+        features, values = self.k_map(key, positions), with_ones(value, filled)
+        exact = torch.promote_types(features.dtype, values.dtype)
+        features, values = features.to(exact), values.to(exact)
+        if filled is not None:
+            nothing = -math.inf if self.k_map.is_log else 0.0
+            features = features.masked_fill(~filled[:, None, :, None], nothing)
+        if state is None:
+            state = empty_state(features, self.head_dim, log_features=self.k_map.is_log)
+        return fold(state, features, values)
+
+    def softmax_window(self, query: Tensor, key: Tensor) -> SoftmaxWindow | None:
+        """The window over queries (B, H, n, P) and keys (B, K, N, P); None without one."""
+        if self.window_factor is None:
+            return None
+        exact = torch.promote_types(query.dtype, torch.float32)
+        log_weight = nn.functional.logsigmoid(self.window_factor.to(exact))
+        return SoftmaxWindow(query.to(exact) * self.scaling, key, self.window, log_weight)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """Channels (B, H P, n) as heads (B, H, n, P)."""
+        return x.unflatten(1, (-1, self.head_dim)).transpose(2, 3)
+
+
+def init_linear_attention(module: nn.Module) -> bool:
+    """Initialise a module of linear attention, as `_init_weights` of a model does; False for any other."""
+    if isinstance(module, LinearAttention):
+        if module.window_factor is not None:
+            init.copy_(module.window_factor, module.initial_window_factor().to(module.window_factor))
+    elif isinstance(module, LearnedMap):
+        init.copy_(module.weight, module.initial_weight().to(module.weight))
+        init.zeros_(module.bias)
+    elif isinstance(module, PerformerMap):
+        init.copy_(module.directions, module.initial_directions().to(module.directions))
+    else:
+        return False
+    return True
+
+
+__all__ = ["LinearAttention", "init_linear_attention"]
