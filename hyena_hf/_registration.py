@@ -6,9 +6,10 @@ entered by name instead and imported on first use; ours are entered in the same 
 """
 
 import sys
+from importlib import import_module
 
 from transformers import AutoConfig, AutoTokenizer, configuration_utils
-from transformers.models.auto import modeling_auto
+from transformers.models.auto import CONFIG_MAPPING, configuration_auto, modeling_auto
 
 from .configuration_hyena import HyenaConfig
 from .tokenization_byte import HyenaByteTokenizer
@@ -23,6 +24,27 @@ _MODELS = {
     "MODEL_FOR_TEXT_ENCODING_MAPPING": "HyenaForTextEncoding",
     "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING": "HyenaForTokenClassification",
     "MODEL_FOR_QUESTION_ANSWERING_MAPPING": "HyenaForQuestionAnswering",
+}
+
+
+# converted attention models, `hedgehog_NAME`: their classes live in `hyena_hf.linear_attention`
+_CAUSAL = {
+    "MODEL_MAPPING": "Model",
+    "MODEL_FOR_CAUSAL_LM_MAPPING": "ForCausalLM",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": "ForSequenceClassification",
+}
+_ENCODER = {
+    "MODEL_MAPPING": "Model",
+    "MODEL_FOR_MASKED_LM_MAPPING": "ForMaskedLM",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": "ForSequenceClassification",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING": "ForTokenClassification",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING": "ForQuestionAnswering",
+    "MODEL_FOR_TEXT_ENCODING_MAPPING": "Model",
+}
+_CONVERTED = {
+    **{name: (family, _CAUSAL) for name, family in (("llama", "Llama"), ("mistral", "Mistral"), ("gpt2", "GPT2"))},
+    **{name: (family, _CAUSAL) for name, family in (("qwen2", "Qwen2"), ("qwen3", "Qwen3"))},
+    "bert": ("Bert", _ENCODER),
 }
 
 
@@ -43,3 +65,19 @@ def register() -> None:
     # the class registered last serves folders that do not name their tokenizer
     for tokenizer in (HyenaNucleotideTokenizer, HyenaByteTokenizer):
         AutoTokenizer.register(HyenaConfig, tokenizer_class=tokenizer, exist_ok=True)
+    _register_converted()
+
+
+def _register_converted() -> None:
+    """Enter converted attention models by name: importing their configs would import torch."""
+    package = import_module(".linear_attention", __package__)
+    for name, (family, heads) in _CONVERTED.items():
+        model_type, config = f"hedgehog_{name}", f"Hedgehog{family}Config"
+        configuration_auto.CONFIG_MAPPING_NAMES[model_type] = config
+        CONFIG_MAPPING._mapping[model_type] = config
+        CONFIG_MAPPING._modules[model_type] = package
+        for table, head in heads.items():
+            getattr(modeling_auto, f"{table}_NAMES")[model_type] = f"Hedgehog{family}{head}"
+            mapping = getattr(modeling_auto, table)
+            mapping._reverse_config_mapping[config] = model_type
+            mapping._modules[model_type] = package

@@ -35,6 +35,8 @@ FEATURE_MAP_NAMES = (
     *("hedgehog", "hedgehog_softmax", "hedgehog_joint_softmax", "relu", "elu"),
     *("exp_1", "exp_2", "cosformer", "performer", "taylor"),
 )
+# of them, those without anything whose width could be chosen
+MAPS_WITHOUT_WIDTH = ("elu", "exp_1", "exp_2", "cosformer", "taylor")
 FILTER_TYPES = ("implicit", "explicit", "modal")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 NORM_TYPES = ("layer_norm", "rms_norm", "rms_norm_outer_eps")
@@ -64,7 +66,7 @@ _TRANSFORMERS_KEYS = frozenset(
 )
 
 
-def _plain_errors(method: Callable) -> Callable:
+def plain_errors(method: Callable) -> Callable:
     """Turn the errors of `@strict`, which are neither ValueError nor TypeError, into the one that caused them."""
 
     @wraps(method)
@@ -74,9 +76,9 @@ def _plain_errors(method: Callable) -> Callable:
         except StrictDataclassError as error:
             cause = error.__cause__
             kind = TypeError if isinstance(cause, TypeError) else ValueError
-            raise kind(f"HyenaConfig: {cause or error}") from None
+            raise kind(f"{type(self).__name__}: {cause or error}") from None
         except KeyError as error:  # transformers' word for an incomplete rope_parameters
-            raise ValueError(f"HyenaConfig: {error.args[0]}") from None
+            raise ValueError(f"{type(self).__name__}: {error.args[0]}") from None
 
     return wrapper
 
@@ -521,7 +523,7 @@ class HyenaConfig(PreTrainedConfig):
             raise ValueError("layer_types holds 'sliding_attention' but sliding_window is None; set sliding_window")
         if self.feature_map not in FEATURE_MAP_NAMES:
             raise ValueError(f"feature_map is {self.feature_map!r}; choose one of {', '.join(FEATURE_MAP_NAMES)}")
-        if self.feature_dim is not None and self.feature_map in ("elu", "exp_1", "exp_2", "cosformer", "taylor"):
+        if self.feature_dim is not None and self.feature_map in MAPS_WITHOUT_WIDTH:
             raise ValueError(
                 f"feature_dim ({self.feature_dim}) has no meaning for feature_map {self.feature_map!r}, which has "
                 f"nothing to learn or draw; leave it out"
@@ -545,8 +547,8 @@ class HyenaConfig(PreTrainedConfig):
             )
 
 
-HyenaConfig.__init__ = _plain_errors(HyenaConfig.__init__)
-HyenaConfig.__setattr__ = _plain_errors(HyenaConfig.__setattr__)
-HyenaConfig.validate = _plain_errors(HyenaConfig.validate)  # pyright: ignore (made by @strict)
+HyenaConfig.__init__ = plain_errors(HyenaConfig.__init__)
+HyenaConfig.__setattr__ = plain_errors(HyenaConfig.__setattr__)
+HyenaConfig.validate = plain_errors(HyenaConfig.validate)  # pyright: ignore (made by @strict)
 
 __all__ = ["HyenaConfig"]

@@ -451,7 +451,7 @@ def check_labels(labels: Tensor, shape: tuple[int, ...] | None, count: int, what
     return labels
 
 
-def _real_tokens(attention_mask: Tensor | None, batch: int, length: int, past: int | Tensor) -> Tensor | None:
+def real_tokens(attention_mask: Tensor | None, batch: int, length: int, past: int | Tensor) -> Tensor | None:
     """True where the new columns hold real tokens (B, L), or None when all do."""
     if attention_mask is None:
         return None
@@ -543,7 +543,7 @@ class HyenaModel(HyenaPreTrainedModel):
         cache = past_key_values
         cache_layers = self._cache_layers(cache, batch, packed=documents is not None)
         first = None if cache_layers is None else cache_layers[0]
-        mask = _real_tokens(attention_mask, batch, length, 0 if first is None else first.length)
+        mask = real_tokens(attention_mask, batch, length, 0 if first is None else first.length)
         makes_cache = cache is None and bool(use_cache) and documents is None
         segments = build_segments(mask, documents, cached=cache is not None or makes_cache)
         seen = None if first is None else first.tokens

@@ -75,7 +75,7 @@ def test_what_was_fed_while_recording_can_be_taken_back(name):
 
 def test_the_cosformer_refuses_distances_that_it_would_weigh_negatively():
     model = model_of("cosformer")
-    with pytest.raises(ValueError, match="a sequence of 257 tokens exceeds.*cosformer"):
+    with pytest.raises(ValueError, match=r"a sequence of 257 tokens exceeds.*cosformer"):
         model(tokens(1, 257))
     past = DynamicCache(config=model.config)
     model(tokens(1, 256), past_key_values=past)

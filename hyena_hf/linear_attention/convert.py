@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put linear attention in the place of a trained model's softmax attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from hyena_hf.feature_maps import LearnedMap
+
+from . import modeling
+from .configurations import CONFIGS, HEDGEHOG, check_maps
+
+
+_STOCK_PREFIXES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gpt2": "GPT2",
+    "bert": "Bert",
+}
+_RENAMED = {"GPT2LMHeadModel": "HedgehogGPT2ForCausalLM"}
+
+
+def convert_attention(
+    model: PreTrainedModel,
+    *,
+    layers: Literal["all"] | Iterable[int] = "all",
+    feature_map: str = "hedgehog",
+    feature_dim: int | None = None,
+    window: int = 0,
+    init: Literal["identity", "random"] = "identity",
+) -> PreTrainedModel:
+    """A model whose attention is linear in some layers or all; it is to be trained (`attention_transfer`).
+
+    Args:
+        model: A Llama, Mistral, Qwen 2 or 3, GPT-2 or BERT encoder with any of transformers' usual heads. It stays as
+            it is: weights are copied.
+        layers: Indices of the layers to convert, or `"all"`. Negative ones count from the end.
+        feature_map: Name in `hyena_hf.feature_maps.FEATURE_MAPS`.
+        feature_dim: Outputs of a learned map (None: the width of a head).
+        window: Tokens that keep softmax attention, the current one included; 0 for linear attention alone.
+        init: Start of learned maps: the identity, or a random rotation of every head, the same for queries and keys.
+
+    Returns:
+        A model of its own type (`hedgehog_llama`, ...), in the dtype, mode and on the device of the one given.
+
+    Raises:
+        TypeError: `model` is no transformers model.
+        ValueError: Its attention is not known, already linear, or quantised; a layer, map or window does not exist.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"expected a transformers model, got {type(model).__name__}")
+    check_maps(feature_map, feature_dim, window)
+    if init not in ("identity", "random"):
+        raise ValueError(f"init is {init!r}; choose 'identity' or 'random'")
+    name = _converted_name(model)
+    config = _converted_config(model, layers, feature_map, feature_dim, window)
+    with no_init_weights():
+        converted = getattr(modeling, name)(config)
+    converted = converted.to(dtype=model.dtype, device=model.device)
+    _initialise(converted, init)
+    missing, unexpected = converted.load_state_dict(model.state_dict(), strict=False)
+    foreign = [key for key in missing if ".linear_attention." not in key] + list(unexpected)
+    if foreign:
+        raise ValueError(
+            f"{type(model).__name__} holds other tensors than transformers' own (first {foreign[:3]}); merge adapters "
+            f"and convert the plain model"
+        )
+    converted.tie_weights()
+    converted.train(model.training)
+    if model.can_generate():
+        converted.generation_config = model.generation_config
+    return converted
+
+
+def _converted_name(model: PreTrainedModel) -> str:
+    """Name of the class of the converted model."""
+    family, name = model.config.model_type, type(model).__name__
+    if family.startswith(f"{HEDGEHOG}_"):
+        kinds = model.config.layer_types
+        raise ValueError(
+            f"this model is converted already: layers {model.config.linear_layers} of {len(kinds)} are linear; "
+            f"convert the model of softmax attention that it came from"
+        )
+    ours = _RENAMED.get(name, f"Hedgehog{name}")
+    if family not in _STOCK_PREFIXES or not hasattr(modeling, ours):
+        known = sorted(key for key in vars(modeling) if key.startswith("Hedgehog") and "For" in key)
+        raise ValueError(
+            f"{name} (model type {family!r}) is no model whose attention can be converted; its layers that look like "
+            f"attention are {_attention_like(model) or 'none'}. Known are the model types {sorted(_STOCK_PREFIXES)} "
+            f"with the heads of {', '.join(known)}"
+        )
+    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(
+            "the weights are quantised; load them with dequantised ones, for GGUF files "
+            "from_pretrained(..., gguf_file=..., quantization_config=GgufConfig(dequantize=True))"
+        )
+    return ours
+
+
+def _attention_like(model: nn.Module) -> list[str]:
+    """Kinds of modules of a model that call themselves attention."""
+    return sorted(
+        {type(module).__name__ for module in model.modules() if "attention" in type(module).__name__.lower()}
+    )
+
+
+def _converted_config(
+    model: PreTrainedModel, layers: Any, feature_map: str, feature_dim: int | None, window: int
+) -> Any:
+    config: Any = model.config
+    count = config.num_hidden_layers
+    chosen = set(range(count))
+    if layers != "all":
+        asked = list(layers) if not isinstance(layers, str) else None
+        if asked is None or not all(isinstance(index, int) and -count <= index < count for index in asked):
+            raise ValueError(f"layers must be 'all' or indices of the {count} layers of the model, got {layers!r}")
+        if not asked:
+            raise ValueError("layers is empty: nothing would be converted")
+        chosen = {index % count for index in asked}
+    types = getattr(config, "layer_types", None) or ["full_attention"] * count
+    fields = config.to_dict()
+    for key in ("model_type", "architectures", "layer_types", "transformers_version", "quantization_config"):
+        fields.pop(key, None)
+    make: Any = CONFIGS[config.model_type]
+    return make(
+        **fields,
+        layer_types=[HEDGEHOG if index in chosen else kind for index, kind in enumerate(types)],
+        feature_map=feature_map,
+        feature_dim=feature_dim,
+        linear_attention_window=window,
+    )
+
+
+@torch.no_grad()
+def _initialise(model: Any, init: str) -> None:
+    """Give every module of linear attention its first values."""
+    for module in model.modules():
+        if isinstance(module, modeling.LinearAttention):
+            for part in module.modules():
+                modeling.init_linear_attention(part)
+            if init == "random" and isinstance(module.q_map, LearnedMap) and isinstance(module.k_map, LearnedMap):
+                _rotate(module.q_map, module.k_map)
+
+
+def _rotate(q_map: LearnedMap, k_map: LearnedMap) -> None:
+    """Turn the features of every group of heads by an orthogonal matrix of its own: scores keep their sizes."""
+    groups = q_map.num_heads // k_map.num_heads
+    for key_head in range(k_map.num_heads):
+        turn = torch.linalg.qr(torch.randn(k_map.head_dim, k_map.head_dim, dtype=torch.float32)).Q
+        rotated = turn.to(k_map.weight) @ k_map.weight[key_head]
+        k_map.weight[key_head].copy_(rotated)
+        for head in range(key_head * groups, (key_head + 1) * groups):
+            q_map.weight[head].copy_(rotated)
+
+
+__all__ = ["convert_attention"]

@@ -1,0 +1,617 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention models of transformers with linear attention in the place of softmax attention.
+
+Everything but the converted attention modules is transformers' own. A converted module keeps its projections, and asks
+a `LinearAttention` what its softmax was asked. Padding, packing and caches are those of Hyena models: dense rows
+(`hyena_hf.ops.segments`) and `HyenaCacheLayer`s, so a sequence's outputs do not depend on its batch, and a cache holds
+constant memory; layers that keep softmax attention keep transformers' masks and cache layers beside them.
+"""
+
+# families take the arguments of `forward` in orders of their own; ours are always passed by name
+# pyright: reportIncompatibleMethodOverride=false
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    MistralForCausalLM,
+    MistralForSequenceClassification,
+    MistralModel,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+    Qwen2Model,
+    Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+    Qwen3Model,
+)
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.masking_utils import create_causal_mask
+from transformers.models.bert.modeling_bert import BertSelfAttention
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+from transformers.models.mistral.modeling_mistral import MistralAttention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+from hyena_hf.cache import HyenaCacheLayer, LinearHistory
+from hyena_hf.mixers.attention import remembered
+from hyena_hf.mixers.linear_attention import LinearAttention, init_linear_attention
+from hyena_hf.modeling_hyena import HyenaModel, real_tokens
+from hyena_hf.ops import Segments, over_rows
+from hyena_hf.ops.segments import build_segments, document_starts, filled_cells, zero_behind
+
+from .configurations import (
+    HEDGEHOG,
+    HedgehogBertConfig,
+    HedgehogGPT2Config,
+    HedgehogLlamaConfig,
+    HedgehogMistralConfig,
+    HedgehogQwen2Config,
+    HedgehogQwen3Config,
+)
+
+
+def make_linear_attention(
+    config: Any, head_dim: int, key_heads: int, scaling: float, *, is_causal: bool
+) -> LinearAttention:
+    """The module that takes the place of a layer's softmax."""
+    return LinearAttention(
+        num_heads=config.num_attention_heads,
+        num_key_value_heads=key_heads,
+        head_dim=head_dim,
+        feature_map=config.feature_map,
+        feature_dim=config.feature_dim,
+        window=config.linear_attention_window,
+        scaling=scaling,
+        max_length=config.max_position_embeddings,
+        is_causal=is_causal,
+    )
+
+
+def attend(
+    attention: LinearAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments | None,
+    cache_layer: HyenaCacheLayer | None,
+) -> Tensor:
+    """Linear attention of a stream.
+
+    Args:
+        attention: The layer's.
+        q: Queries (B, L, H, P).
+        k, v: Keys and values (B, L, K, P).
+        segments: How the batch divides into sequences; None for a dense batch.
+        cache_layer: What the layer remembers of earlier calls, or None.
+
+    Returns:
+        (B, L, H P); zero for masked tokens.
+    """
+    stream = torch.cat([x.flatten(2) for x in (q, k, v)], dim=-1)
+    queries = q.shape[2] * q.shape[3]
+
+    def make_histories(length: int | None, expected: int | None) -> list[LinearHistory]:  # noqa: ARG001 (interface)
+        return [LinearHistory(attention.window, fixed=length is not None, queries=queries)]
+
+    def causal(rows: Tensor, counts: Tensor | None) -> Tensor:
+        return memory.push(0, rows.transpose(1, 2), counts, attention).transpose(1, 2)
+
+    def both_sides(rows: Tensor, counts: Tensor | None) -> Tensor:
+        x = zero_behind(rows.transpose(1, 2), counts)
+        filled = None if counts is None else filled_cells(x.shape[-1], counts)
+        return attention.attend_both_sides(x[:, :queries], x[:, queries:], filled).transpose(1, 2)
+
+    if not attention.is_causal:
+        return over_rows(segments, both_sides, stream)
+    memory = remembered(make_histories, cache_layer, stream)
+    return over_rows(segments, causal, stream)
+
+
+class _RotaryAttention:
+    """Attention of the Llama family: own projections, norms of queries and keys where there are any, rotary turns."""
+
+    linear_attention: LinearAttention
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    head_dim: int
+    layer_idx: int
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)  # pyright: ignore (the stock class stands behind)
+        self.linear_attention = make_linear_attention(
+            config, self.head_dim, config.num_key_value_heads, self.head_dim**-0.5, is_causal=True
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,  # noqa: ARG002 (read where segments are made)
+        past_key_values: Cache | None = None,
+        segments: Segments | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """(B, L, D) -> (B, L, D), and no weights."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (projection(hidden_states).view(shape) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        if isinstance(self, Qwen3Attention):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        y = attend(self.linear_attention, q, k, v, segments, cache_layer_of(past_key_values, self.layer_idx))
+        return self.o_proj(y), None
+
+
+class HedgehogLlamaAttention(_RotaryAttention, LlamaAttention):
+    """Linear attention in a Llama."""
+
+
+class HedgehogMistralAttention(_RotaryAttention, MistralAttention):
+    """Linear attention in a Mistral."""
+
+
+class HedgehogQwen2Attention(_RotaryAttention, Qwen2Attention):
+    """Linear attention in a Qwen 2."""
+
+
+class HedgehogQwen3Attention(_RotaryAttention, Qwen3Attention):
+    """Linear attention in a Qwen 3."""
+
+
+class HedgehogGPT2Attention(GPT2Attention):
+    """Linear attention in a GPT-2."""
+
+    linear_attention: LinearAttention
+    layer_idx: int
+
+    def __init__(self, config: HedgehogGPT2Config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx=layer_idx)
+        self.linear_attention = make_linear_attention(
+            config, self.head_dim, self.num_heads, self.scaling, is_causal=True
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,  # noqa: ARG002 (read where segments are made)
+        segments: Segments | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """(B, L, D) -> (B, L, D), and no weights."""
+        shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
+        q, k, v = (x.view(shape) for x in self.c_attn(hidden_states).split(self.split_size, dim=2))
+        y = attend(self.linear_attention, q, k, v, segments, cache_layer_of(past_key_values, self.layer_idx))
+        return self.resid_dropout(self.c_proj(y.contiguous())), None  # it views its input
+
+
+class HedgehogBertSelfAttention(BertSelfAttention):
+    """Linear attention in a BERT encoder."""
+
+    linear_attention: LinearAttention
+
+    def __init__(self, config: HedgehogBertConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx=layer_idx)
+        heads = self.num_attention_heads
+        self.linear_attention = make_linear_attention(
+            config, self.attention_head_size, heads, self.scaling, is_causal=False
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,  # noqa: ARG002 (read where segments are made)
+        past_key_values: Cache | None = None,  # noqa: ARG002 (an encoder has none)
+        segments: Segments | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """(B, L, D) -> (B, L, D), and no weights."""
+        shape = (*hidden_states.shape[:-1], self.num_attention_heads, self.attention_head_size)
+        q, k, v = (projection(hidden_states).view(shape) for projection in (self.query, self.key, self.value))
+        return attend(self.linear_attention, q, k, v, segments, None), None
+
+
+def cache_layer_of(cache: Cache | None, layer_idx: int) -> HyenaCacheLayer | None:
+    """The layer of a cache, which `_Converted.forward` has seen to."""
+    return None if cache is None else cache.layers[layer_idx]  # pyright: ignore (its kind was checked)
+
+
+class _Loaded:
+    """What all converted models share: initialisation of the maps, and no file without them."""
+
+    config: Any
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if not init_linear_attention(module):
+            super()._init_weights(module)  # pyright: ignore (the stock class stands behind)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:  # noqa: ARG002 (its signature)
+        # modules without parameters of their own are not skipped: all of ours go through `init`
+        super()._initialize_weights(module)  # pyright: ignore (the stock class stands behind)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """Load a model as transformers does, but refuse a file without feature maps.
+
+        Raises:
+            ValueError: Tensors of linear attention are missing: they would be random.
+        """
+        loaded: Any = super().from_pretrained(  # pyright: ignore (the stock class stands behind)
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        model, info = loaded
+        missing = sorted(key for key in info["missing_keys"] if ".linear_attention." in key)
+        if missing and not output_loading_info:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of linear attention (first "
+                f"{missing[:2]}): no converted model was saved there; use convert_attention on a model of softmax "
+                f"attention"
+            )
+        return loaded if output_loading_info else model
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """The mask as it is: `forward` makes of it what each kind of layer needs."""
+        return attention_mask
+
+
+class _Converted(_Loaded):
+    """A base model whose converted layers get segments and cache layers."""
+
+    masks_by_type = False  # whether the family's layers look their mask up by the name of their type
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the stock model; `attention_mask` is 2-D, 1 for real tokens (B, past + L)."""
+        config = self.config
+        stream = input_ids if input_ids is not None else inputs_embeds
+        if stream is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("pass input_ids or inputs_embeds, exactly one of them")
+        batch, length = stream.shape[:2]
+        cache, layers = past_key_values, []
+        packed = (
+            cache is None
+            and attention_mask is None
+            and document_starts(
+                batch,
+                length,
+                seq_idx=kwargs.get("seq_idx"),
+                cu_seq_lens=kwargs.get("cu_seq_lens_q"),
+                position_ids=position_ids,
+            )
+        )
+        starts = packed if isinstance(packed, Tensor) else None
+        use_cache = self._uses_cache(use_cache) and starts is None
+        if use_cache and cache is None:
+            cache = DynamicCache(config=config)
+        if cache is not None:
+            layers = _layers_of(cache, config)
+        first = layers[0] if layers else None
+        mask = real_tokens(attention_mask, batch, length, 0 if first is None else first.get_seq_length())
+        segments = build_segments(mask, starts, cached=first is not None)
+        if position_ids is None:
+            position_ids = HyenaModel._positions(first, segments, length, stream.device)
+        output = super().forward(  # pyright: ignore (the stock class stands behind)
+            # GPT-2 views what a chunked prefill slices
+            input_ids=None if input_ids is None else input_ids.contiguous(),
+            attention_mask=self._softmax_mask(stream, attention_mask, position_ids, cache),
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            segments=segments,
+            **({"past_key_values": cache, "use_cache": use_cache} if self._is_decoder() else {}),
+            **kwargs,
+        )
+        for layer in layers:
+            layer.advance(length, mask)
+        return output
+
+    def _is_decoder(self) -> bool:
+        return True
+
+    def _uses_cache(self, use_cache: bool | None) -> bool:
+        wanted = self.config.use_cache if use_cache is None else use_cache
+        checkpointing = getattr(self, "gradient_checkpointing", False) and getattr(self, "training", False)
+        return bool(wanted) and not checkpointing
+
+    def _softmax_mask(
+        self, stream: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Cache | None
+    ) -> Any:
+        """What the layers with softmax attention get; where there are none, something that makes no square mask."""
+        softmax = {kind for kind in self.config.layer_types if kind != HEDGEHOG}
+        unused = torch.zeros(1, 1, 1, 1, device=stream.device)
+        if not self.masks_by_type:
+            if not softmax:
+                return unused
+            return None if attention_mask is None else attention_mask.contiguous()
+        masks: dict[str, Any] = {HEDGEHOG: None}
+        for kind in softmax:
+            masks[kind] = create_causal_mask(
+                config=self.config,
+                inputs_embeds=stream if stream.ndim == 3 else stream.unsqueeze(-1).to(self.dtype),  # pyright: ignore
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                position_ids=position_ids,
+            )
+        return masks
+
+
+def _layers_of(cache: Cache, config: Any) -> list[HyenaCacheLayer]:
+    """The layers of a cache that belong to converted layers; an empty cache without a config gets its layers here.
+
+    Raises:
+        TypeError: It is no transformers cache.
+        ValueError: It was made for another model.
+    """
+    if not isinstance(cache, Cache):
+        raise TypeError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}; use DynamicCache")
+    if not cache.layers and cache.layer_class_to_replicate is not None:
+        kinds = [HyenaCacheLayer if kind == HEDGEHOG else DynamicLayer for kind in config.layer_types]
+        cache.layers.extend(kind() for kind in kinds)
+        cache.layer_class_to_replicate = None
+    ours = [layer for index, layer in enumerate(cache.layers) if index in config.linear_layers]
+    if len(cache.layers) != len(config.layer_types) or not all(isinstance(layer, HyenaCacheLayer) for layer in ours):
+        raise ValueError("the cache was made for another model; build one with DynamicCache(config=model.config)")
+    return ours  # pyright: ignore (checked)
+
+
+class HedgehogBertModel(_Converted, BertModel):
+    """A BERT encoder with linear attention."""
+
+    config_class = HedgehogBertConfig
+
+    def __init__(self, config: HedgehogBertConfig, add_pooling_layer: bool = True) -> None:
+        if config.is_decoder or config.add_cross_attention:
+            raise ValueError("only BERT encoders are converted, and is_decoder or add_cross_attention is True")
+        super().__init__(config, add_pooling_layer)
+        for index in config.linear_layers:
+            self.encoder.layer[index].attention.self = HedgehogBertSelfAttention(config, index)  # pyright: ignore (a module)
+        self.post_init()
+
+    def _is_decoder(self) -> bool:
+        return False
+
+    def _uses_cache(self, use_cache: bool | None) -> bool:  # noqa: ARG002 (one interface)
+        return False
+
+
+class HedgehogGPT2Model(_Converted, GPT2Model):
+    """A GPT-2 with linear attention."""
+
+    config_class = HedgehogGPT2Config
+
+    def __init__(self, config: HedgehogGPT2Config) -> None:
+        if config.add_cross_attention:
+            raise ValueError("a GPT-2 with cross-attention is not converted; set add_cross_attention=False")
+        super().__init__(config)
+        for index in config.linear_layers:
+            self.h[index].attn = HedgehogGPT2Attention(config, index)
+        self.post_init()
+
+
+class HedgehogLlamaModel(_Converted, LlamaModel):
+    """A Llama with linear attention."""
+
+    config_class = HedgehogLlamaConfig
+
+    def __init__(self, config: HedgehogLlamaConfig) -> None:
+        super().__init__(config)
+        for index in config.linear_layers:
+            self.layers[index].self_attn = HedgehogLlamaAttention(config, index)
+        self.post_init()
+
+
+class HedgehogLlamaForCausalLM(_Loaded, LlamaForCausalLM):
+    """A Llama language model with linear attention."""
+
+    config_class = HedgehogLlamaConfig
+
+    def __init__(self, config: HedgehogLlamaConfig) -> None:
+        super().__init__(config)
+        self.model = HedgehogLlamaModel(config)
+        self.post_init()
+
+
+class HedgehogLlamaForSequenceClassification(_Loaded, LlamaForSequenceClassification):
+    """A Llama classifier of sequences with linear attention."""
+
+    config_class = HedgehogLlamaConfig
+
+    def __init__(self, config: HedgehogLlamaConfig) -> None:
+        super().__init__(config)
+        self.model = HedgehogLlamaModel(config)
+        self.post_init()
+
+
+class HedgehogMistralModel(_Converted, MistralModel):
+    """A Mistral with linear attention."""
+
+    config_class = HedgehogMistralConfig
+
+    def __init__(self, config: HedgehogMistralConfig) -> None:
+        super().__init__(config)
+        for index in config.linear_layers:
+            self.layers[index].self_attn = HedgehogMistralAttention(config, index)
+        self.post_init()
+
+
+class HedgehogMistralForCausalLM(_Loaded, MistralForCausalLM):
+    """A Mistral language model with linear attention."""
+
+    config_class = HedgehogMistralConfig
+
+    def __init__(self, config: HedgehogMistralConfig) -> None:
+        super().__init__(config)
+        self.model = HedgehogMistralModel(config)
+        self.post_init()
+
+
+class HedgehogMistralForSequenceClassification(_Loaded, MistralForSequenceClassification):
+    """A Mistral classifier of sequences with linear attention."""
+
+    config_class = HedgehogMistralConfig
+
+    def __init__(self, config: HedgehogMistralConfig) -> None:
+        super().__init__(config)
+        self.model = HedgehogMistralModel(config)
+        self.post_init()
+
+
+class HedgehogQwen2Model(_Converted, Qwen2Model):
+    """A Qwen2 with linear attention."""
+
+    config_class = HedgehogQwen2Config
+    masks_by_type = True
+
+    def __init__(self, config: HedgehogQwen2Config) -> None:
+        super().__init__(config)
+        for index in config.linear_layers:
+            self.layers[index].self_attn = HedgehogQwen2Attention(config, index)
+        self.post_init()
+
+
+class HedgehogQwen2ForCausalLM(_Loaded, Qwen2ForCausalLM):
+    """A Qwen2 language model with linear attention."""
+
+    config_class = HedgehogQwen2Config
+
+    def __init__(self, config: HedgehogQwen2Config) -> None:
+        super().__init__(config)
+        self.model = HedgehogQwen2Model(config)
+        self.post_init()
+
+
+class HedgehogQwen2ForSequenceClassification(_Loaded, Qwen2ForSequenceClassification):
+    """A Qwen2 classifier of sequences with linear attention."""
+
+    config_class = HedgehogQwen2Config
+
+    def __init__(self, config: HedgehogQwen2Config) -> None:
+        super().__init__(config)
+        self.model = HedgehogQwen2Model(config)
+        self.post_init()
+
+
+class HedgehogQwen3Model(_Converted, Qwen3Model):
+    """A Qwen3 with linear attention."""
+
+    config_class = HedgehogQwen3Config
+    masks_by_type = True
+
+    def __init__(self, config: HedgehogQwen3Config) -> None:
+        super().__init__(config)
+        for index in config.linear_layers:
+            self.layers[index].self_attn = HedgehogQwen3Attention(config, index)
+        self.post_init()
+
+
+class HedgehogQwen3ForCausalLM(_Loaded, Qwen3ForCausalLM):
+    """A Qwen3 language model with linear attention."""
+
+    config_class = HedgehogQwen3Config
+
+    def __init__(self, config: HedgehogQwen3Config) -> None:
+        super().__init__(config)
+        self.model = HedgehogQwen3Model(config)
+        self.post_init()
+
+
+class HedgehogQwen3ForSequenceClassification(_Loaded, Qwen3ForSequenceClassification):
+    """A Qwen3 classifier of sequences with linear attention."""
+
+    config_class = HedgehogQwen3Config
+
+    def __init__(self, config: HedgehogQwen3Config) -> None:
+        super().__init__(config)
+        self.model = HedgehogQwen3Model(config)
+        self.post_init()
+
+
+class HedgehogGPT2ForCausalLM(_Loaded, GPT2LMHeadModel):
+    """`GPT2LMHeadModel` with linear attention."""
+
+    config_class = HedgehogGPT2Config
+
+    def __init__(self, config: HedgehogGPT2Config) -> None:
+        super().__init__(config)
+        self.transformer = HedgehogGPT2Model(config)
+        self.post_init()
+
+
+class HedgehogGPT2ForSequenceClassification(_Loaded, GPT2ForSequenceClassification):
+    """`GPT2ForSequenceClassification` with linear attention."""
+
+    config_class = HedgehogGPT2Config
+
+    def __init__(self, config: HedgehogGPT2Config) -> None:
+        super().__init__(config)
+        self.transformer = HedgehogGPT2Model(config)
+        self.post_init()
+
+
+class HedgehogBertForMaskedLM(_Loaded, BertForMaskedLM):
+    """`BertForMaskedLM` with linear attention."""
+
+    config_class = HedgehogBertConfig
+
+    def __init__(self, config: HedgehogBertConfig) -> None:
+        super().__init__(config)
+        self.bert = HedgehogBertModel(config, add_pooling_layer=False)
+        self.post_init()
+
+
+class HedgehogBertForSequenceClassification(_Loaded, BertForSequenceClassification):
+    """`BertForSequenceClassification` with linear attention."""
+
+    config_class = HedgehogBertConfig
+
+    def __init__(self, config: HedgehogBertConfig) -> None:
+        super().__init__(config)
+        self.bert = HedgehogBertModel(config, add_pooling_layer=True)
+        self.post_init()
+
+
+class HedgehogBertForTokenClassification(_Loaded, BertForTokenClassification):
+    """`BertForTokenClassification` with linear attention."""
+
+    config_class = HedgehogBertConfig
+
+    def __init__(self, config: HedgehogBertConfig) -> None:
+        super().__init__(config)
+        self.bert = HedgehogBertModel(config, add_pooling_layer=False)
+        self.post_init()
+
+
+class HedgehogBertForQuestionAnswering(_Loaded, BertForQuestionAnswering):
+    """`BertForQuestionAnswering` with linear attention."""
+
+    config_class = HedgehogBertConfig
+
+    def __init__(self, config: HedgehogBertConfig) -> None:
+        super().__init__(config)
+        self.bert = HedgehogBertModel(config, add_pooling_layer=False)
+        self.post_init()
