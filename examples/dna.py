@@ -97,6 +97,7 @@ class Plan:
     species_tests: int = 200  # test windows of a species
     species_epochs: int = 5
     species_batch_bases: int = 4_096
+    species_least_batch: int = 8  # windows; one at a time, fine-tuning at 4,096 bases ends at 51%
     variants: int = 500  # of each class
     variant_window: int = 512
     gene_bases: int = 600
@@ -316,7 +317,7 @@ def _fine_tuned(work: Workplace, length: int) -> dict[str, Any]:
         work.model_dir("hyena"),
         write_task(split, folder / "task"),
         folder / "hyena",
-        batch_size=max(1, plan.species_batch_bases // length),
+        batch_size=max(plan.species_least_batch, plan.species_batch_bases // length),
         epochs=plan.species_epochs,
         rows=len(split.train),
         seed=work.seed,

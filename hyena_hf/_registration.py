@@ -9,7 +9,7 @@ import sys
 from importlib import import_module
 
 from transformers import AutoConfig, AutoTokenizer, configuration_utils
-from transformers.models.auto import CONFIG_MAPPING, configuration_auto, modeling_auto
+from transformers.models.auto import CONFIG_MAPPING, modeling_auto
 
 from .configuration_hyena import HyenaConfig
 from .tokenization_byte import HyenaByteTokenizer
@@ -73,8 +73,7 @@ def _register_converted() -> None:
     package = import_module(".linear_attention", __package__)
     for name, (family, heads) in _CONVERTED.items():
         model_type, config = f"hedgehog_{name}", f"Hedgehog{family}Config"
-        configuration_auto.CONFIG_MAPPING_NAMES[model_type] = config
-        CONFIG_MAPPING._mapping[model_type] = config
+        CONFIG_MAPPING._mapping[model_type] = config  # the table of names itself
         CONFIG_MAPPING._modules[model_type] = package
         for table, head in heads.items():
             getattr(modeling_auto, f"{table}_NAMES")[model_type] = f"Hedgehog{family}{head}"
