@@ -13,6 +13,7 @@ from hyena_hf.ops.linear_attention import (
     SoftmaxWindow,
     bidirectional_linear_attention,
     causal_linear_attention,
+    linear_attention_log_weights,
     linear_attention_weights,
 )
 
@@ -178,7 +179,10 @@ def test_a_query_that_sees_no_key_gets_zero(log: bool, size: int) -> None:
 def test_weights_are_those_of_all_pairs(log: bool, causal: bool, size: int) -> None:
     x = operands(19, log=log)
     mask = torch.arange(19).expand(2, -1) < torch.tensor([[19], [11]])
-    weights = linear_attention_weights(x.q, x.k, log_features=log, window=x.window(size), mask=mask, causal=causal)
+    options = {"log_features": log, "window": x.window(size), "mask": mask, "causal": causal}
+    weights = linear_attention_weights(x.q, x.k, **options)
+    logs = linear_attention_log_weights(x.q, x.k, **options)
+    torch.testing.assert_close(logs.exp(), weights, rtol=0, atol=1e-12)
     torch.testing.assert_close(weights, all_pairs(x, size, log=log, causal=causal, mask=mask), rtol=0, atol=1e-12)
 
 

@@ -114,6 +114,18 @@ def attend(
         filled = None if counts is None else filled_cells(x.shape[-1], counts)
         return attention.attend_both_sides(x[:, :queries], x[:, queries:], filled).transpose(1, 2)
 
+    def replaced(rows: Tensor, counts: Tensor | None) -> Tensor:
+        assert attention.replacement is not None  # noqa: S101 (narrows the type)
+        x = zero_behind(rows.transpose(1, 2), counts)
+        filled = None if counts is None else filled_cells(x.shape[-1], counts)
+        query, (key, value) = attention.heads(x[:, :queries]), map(attention.heads, x[:, queries:].chunk(2, dim=1))
+        y = attention.replacement(attention, query, key, value, filled)
+        return y.transpose(1, 2).flatten(2)
+
+    if attention.replacement is not None:
+        if cache_layer is not None:
+            raise ValueError("while its attention is replaced, the model takes no cache; pass use_cache=False")
+        return over_rows(segments, replaced, stream)
     if not attention.is_causal:
         return over_rows(segments, both_sides, stream)
     memory = remembered(make_histories, cache_layer, stream)

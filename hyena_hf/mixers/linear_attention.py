@@ -2,6 +2,7 @@
 """Linear attention between given queries, keys and values: feature maps, and a window of softmax attention."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,10 @@ from hyena_hf.ops.linear_attention import (
     fold,
     with_ones,
 )
+
+
+# attention of whole rows by other means: (layer, q (R, H, n, P), k (R, K, n, P), v, filled (R, n)) -> (R, H, n, P)
+Replacement = Callable[["LinearAttention", Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 class LinearAttention(nn.Module):
@@ -51,6 +56,7 @@ class LinearAttention(nn.Module):
         self.q_map = make_feature_map(feature_map, num_heads, head_dim, feature_dim, max_length)
         self.k_map = make_feature_map(feature_map, num_key_value_heads, head_dim, feature_dim, max_length)
         self.window_factor = nn.Parameter(self.initial_window_factor()) if window else None
+        self.replacement: Replacement | None = None  # see `hyena_hf.linear_attention.modes`
 
     def initial_window_factor(self) -> Tensor:
         """A logit for each query head (H,): the window's weights count a tenth (LoLCATs)."""
@@ -81,10 +87,8 @@ class LinearAttention(nn.Module):
     def attend_both_sides(self, q: Tensor, kv: Tensor, filled: Tensor | None) -> Tensor:
         """Attention of every column to all that are filled (B, n); None: all. q (B, H P, n) -> (B, H P, n)."""
         query, (key, value) = self.heads(q), map(self.heads, kv.chunk(2, dim=1))
-        positions = torch.arange(q.shape[-1], device=q.device)
         y = bidirectional_linear_attention(
-            self.q_map(query, positions),
-            self.k_map(key, positions),
+            *self.features(query, key),
             value,
             log_features=self.q_map.is_log,
             window=self.softmax_window(query, key),
@@ -112,6 +116,11 @@ class LinearAttention(nn.Module):
         exact = torch.promote_types(query.dtype, torch.float32)
         log_weight = nn.functional.logsigmoid(self.window_factor.to(exact))
         return SoftmaxWindow(query.to(exact) * self.scaling, key, self.window, log_weight)
+
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of whole rows of queries (R, H, n, P) and keys (R, K, n, P), or their logarithms."""
+        positions = torch.arange(q.shape[2], device=q.device)
+        return self.q_map(q, positions), self.k_map(k, positions)
 
     def heads(self, x: Tensor) -> Tensor:
         """Channels (B, H P, n) as heads (B, H, n, P)."""

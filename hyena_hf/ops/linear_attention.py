@@ -195,6 +195,53 @@ def linear_attention_weights(
     return bidirectional_linear_attention(q, k, eye, **options)
 
 
+def linear_attention_log_weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    log_features: bool = False,
+    window: SoftmaxWindow | None = None,
+    mask: Tensor | None = None,
+    causal: bool = True,
+) -> Tensor:
+    """Logarithms of `linear_attention_weights`, without the products with values that those take.
+
+    Args:
+        q, k, log_features, window, mask, causal: As there.
+
+    Returns:
+        (B, H, n, n) in float32 at least; -inf for keys that a query does not see. A key that it sees with a weight of
+        zero has the logarithm of the smallest number of the dtype.
+    """
+    groups = q.shape[1] // k.shape[1]
+    dtype = _exact(torch.promote_types(q.dtype, k.dtype))
+    q, k = q.to(dtype), k.to(dtype)
+    column = torch.arange(k.shape[2], device=q.device)
+    distance = column.unsqueeze(1) - column
+    hidden = (distance < 0) if causal else torch.zeros_like(distance, dtype=torch.bool)
+    hidden = hidden if mask is None else hidden | ~mask[:, None, None, None, :]
+    rows = _by_key_head(q, groups)
+    tiny = torch.finfo(dtype).tiny
+    if log_features:
+        q_top, k_top = (x.detach().amax(dim=-1, keepdim=True) for x in (rows, k))
+        logs = _grouped(((rows - q_top).exp() @ (k - k_top).exp().mT).clamp(min=tiny).log(), groups)
+        logs = logs + _grouped(q_top, groups) + k_top.mT.unsqueeze(2)
+    else:
+        logs = _grouped((rows @ k.mT).clamp(min=tiny).log(), groups)
+    if window is not None:
+        scores = _by_key_head(window.query.to(dtype), groups) @ window.key.to(dtype).mT
+        near = distance.abs() < window.size
+        scores = _grouped(scores, groups).masked_fill(~near | hidden, -math.inf)
+        if not log_features:
+            scores = scores - scores.amax(dim=-1, keepdim=True).clamp(min=_NOTHING)
+        if window.log_weight is not None:
+            scores = scores + window.log_weight.to(dtype).view(1, -1, groups, 1, 1)
+        logs = torch.where(near, scores, logs)
+    logs = logs.masked_fill(hidden, -math.inf)
+    total = logs.logsumexp(dim=-1, keepdim=True).clamp(min=_NOTHING)
+    return (logs - total).flatten(1, 2)
+
+
 def empty_state(k: Tensor, width: int, *, log_features: bool) -> LinearState:
     """The state before any key, for keys like k (B, K, N, F) and values of `width`."""
     shape, exact = (*k.shape[:2], k.shape[3]), _exact(k.dtype)
@@ -486,6 +533,7 @@ __all__ = [
     "causal_linear_attention",
     "empty_state",
     "fold",
+    "linear_attention_log_weights",
     "linear_attention_weights",
     "with_ones",
 ]
