@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import random
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from benchmarks.timing import Call, Peak, Settings, memory_plot, ratio_table, ru
 from hyena_hf import HyenaConfig, HyenaForCausalLM, HyenaNucleotideTokenizer
 from hyena_hf.scoring import embed, score
 from hyena_hf.scoring.batching import BUDGETS, plan
+from training.processes import run_measured
 
 
 Page = tuple[list[str], dict[str, Figure]]
@@ -207,11 +207,19 @@ def genome(settings: Settings) -> Page:
             "p = argparse.ArgumentParser(); embed.add_parser(p.add_subparsers()); a = p.parse_args(); a.run(a)"
         )
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        subprocess.run([sys.executable, "-c", program, *map(str, words)], check=True, stderr=subprocess.DEVNULL)
+        code, peak = run_measured([sys.executable, "-c", program, *map(str, words)], here / "log")
         wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        if code:
+            raise RuntimeError((here / "log").read_text()[-2_000:])
         parts = len(list((here / "out").glob("part-*")))
-    peak = after.ru_maxrss / 1024
-    row = f"{length:,}", f"{window:,}", parts, f"{peak:,.0f}", f"{after.ru_utime - before.ru_utime:.0f}", f"{wall:.0f}"
+    row = (
+        f"{length:,}",
+        f"{window:,}",
+        parts,
+        f"{peak / 2**20:,.0f}",
+        f"{after.ru_utime - before.ru_utime:.0f}",
+        f"{wall:.0f}",
+    )
     lines = [
         "## A genome in one command",
         "`hyena embed MODEL genome.fa OUT --windows N`. Peak of resident memory of ",

@@ -8,8 +8,6 @@ import csv
 import itertools
 import json
 import math
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +34,7 @@ from training.genomes import (
     without_frames,
 )
 from training.metrics import classification_metrics
+from training.processes import run_measured
 
 
 Floats = NDArray[np.float64]
@@ -387,16 +386,11 @@ def embed_genome(model_dir: str | Path, fasta: Path, output: Path, *, options: S
     words = ["embed", str(model_dir), str(fasta), str(output), *options]
     log = output.with_suffix(".log")
     begun = time.perf_counter()
-    with log.open("wb") as said:
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from hyena_hf.cli.main import main; main()", *words], stdout=said, stderr=said
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    code, peak = run_measured([sys.executable, "-c", "from hyena_hf.cli.main import main; main()", *words], log)
+    if code:
         raise RuntimeError(f"hyena {' '.join(words)} failed: {log.read_text()[-2_000:]}")
     return {
         "command": f"hyena {' '.join(words)}",
         "seconds": time.perf_counter() - begun,
-        "peak_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "peak_bytes": peak,
     }
