@@ -51,6 +51,13 @@ def test_the_example_of_distillation_runs_as_it_stands(capsys):
     assert "calibration tokens: KL" in capsys.readouterr().out
 
 
+def test_the_example_of_linear_attention_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_example("Linear attention from trained attention")
+    assert "perplexity, linear" in capsys.readouterr().out
+    assert (tmp_path / "linear-llama" / "config.json").exists()
+
+
 def test_the_example_of_scores_runs_as_it_stands(capsys):
     run_example("Published weights, scores, embeddings")
     assert "(3, 32)" in capsys.readouterr().out
