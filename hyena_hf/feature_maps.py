@@ -41,6 +41,7 @@ class FeatureMap(nn.Module):
     is_log = False  # whether logarithms of features come out
     uses_positions = False
     has_feature_dim = False
+    sums_exponentials = False  # whether phi(q) . phi(k) is a sum of exponentials without a factor
     num_features: int
 
     def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None, max_length: int = 1) -> None:
@@ -98,6 +99,7 @@ class HedgehogMap(LearnedMap):
     """[exp(y), exp(-y)]."""
 
     is_log = True
+    sums_exponentials = True
 
     def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None, max_length: int = 1) -> None:
         super().__init__(num_heads, head_dim, feature_dim, max_length)
@@ -113,6 +115,7 @@ class HedgehogSoftmaxMap(HedgehogMap):
     """[softmax(y), softmax(-y)]."""
 
     is_log = False
+    sums_exponentials = False
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:  # noqa: ARG002 (one interface)
         """Features, as in `FeatureMap.forward`."""
@@ -124,6 +127,7 @@ class HedgehogJointSoftmaxMap(HedgehogMap):
     """softmax([y, -y])."""
 
     is_log = False
+    sums_exponentials = False
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:  # noqa: ARG002 (one interface)
         """Features, as in `FeatureMap.forward`."""
@@ -153,6 +157,7 @@ class ExpMap(FeatureMap):
     """exp(x)."""
 
     is_log = True
+    sums_exponentials = True
     temperature = 1.0
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:  # noqa: ARG002 (one interface)

@@ -428,6 +428,8 @@ def linear_attention(q: Array, k: Array, v: Array, params: dict) -> Array:
     visible, window = (lag >= 0) | (not params.get("causal", True)), params["window"]
     weights = np.where(visible & (abs(lag) >= window), feature_map(q, params["q_map"]) @ np.swapaxes(keys, -1, -2), 0)
     if window:
+        if params["q_map"]["name"] in ("hedgehog", "exp_1", "exp_2"):
+            weights = weights / keys.shape[-1]  # the mean of products of exponentials, on the scale of exp(score)
         near = visible & (abs(lag) < window)
         scores = np.where(near, exact(q) @ np.swapaxes(k, -1, -2) / np.sqrt(q.shape[-1]), -np.inf)
         top = 0 if params["joint"] else scores.max(-1, keepdims=True)

@@ -74,7 +74,7 @@ class LinearAttention(nn.Module):
         query, (key, value) = self.heads(q), map(self.heads, kv.chunk(2, dim=1))
         first = None if positions is None else positions[..., kv.shape[-1] - q.shape[-1] :]
         y, state = causal_linear_attention(
-            self.q_map(query, first),
+            self.query_features(query, first),
             self.k_map(key, positions),
             value,
             log_features=self.q_map.is_log,
@@ -120,7 +120,18 @@ class LinearAttention(nn.Module):
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Features of whole rows of queries (R, H, n, P) and keys (R, K, n, P), or their logarithms."""
         positions = torch.arange(q.shape[2], device=q.device)
-        return self.q_map(q, positions), self.k_map(k, positions)
+        return self.query_features(q, positions), self.k_map(k, positions)
+
+    def query_features(self, q: Tensor, positions: Tensor | None) -> Tensor:
+        """Features of queries (R, H, n, P), or their logarithms.
+
+        Logarithms that share a scale with a window are those of phi / F where phi is a plain list of exponentials: a
+        weight is the mean of F products then, as large as exp(score) is for small scores, instead of F times that.
+        """
+        features = self.q_map(q, positions)
+        if self.window_factor is None or not self.q_map.sums_exponentials:
+            return features
+        return features - math.log(self.q_map.num_features)
 
     def heads(self, x: Tensor) -> Tensor:
         """Channels (B, H P, n) as heads (B, H, n, P)."""
