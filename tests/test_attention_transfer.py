@@ -153,6 +153,13 @@ def test_the_branches_of_a_report_are_perplexities_of_the_modes():
     assert found["converted"] == pytest.approx(math.exp(sum(nll) / 2), rel=1e-5)
 
 
+def test_packed_documents_are_predicted_each_by_itself():
+    model, ids = converted("llama", "window"), tokens(1, 12)
+    packed = {"input_ids": ids, "position_ids": torch.arange(6).repeat(2).unsqueeze(0)}
+    apart = measure_branches(model, [ids[:, :6], ids[:, 6:]])
+    assert measure_branches(model, [packed]) == pytest.approx(apart, rel=1e-6)
+
+
 def test_masked_tokens_teach_nothing():
     """Rows with other tokens behind the mask train the same maps."""
     ids, mask = tokens(2, 24), torch.ones(2, 24, dtype=torch.long)
@@ -185,6 +192,10 @@ def test_what_cannot_be_trained_is_refused():
         (model, once, {}, "ended after 2 of 3"),
         (model, [], {}, "ended after 0"),
         (fixed, batches(), {}, "nothing to train"),
+        (model, batches(), {"held_out": []}, "held_out needs batches"),
+        (model, batches(), {"held_out": [tokens(2, 1)]}, "held_out needs batches"),
+        (model, tokens(2, 9), {}, "shape .B, L."),
+        (model, [{"input_ids": [[1, 2]]}], {}, "shape .B, L."),
         (stock("llama"), batches(), {}, "convert it first"),
     ]
     for given, data, options, message in cases:

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from hyena_hf.feature_maps import FEATURE_MAPS
-from hyena_hf.linear_attention import convert_attention
+from hyena_hf.linear_attention import attention_mode, convert_attention
 from tests import oracles
 from tests.models import tokens
 
@@ -288,8 +288,38 @@ def test_what_cannot_be_converted_is_refused():
     for given, options, message in cases:
         with pytest.raises(ValueError, match=message):
             convert_attention(given, **options)
+    for options in ({"window": 2.5}, {"window": True}, {"feature_dim": 8.0}):
+        with pytest.raises(TypeError, match="whole number"):
+            convert_attention(model, **options)
+    for layers in (1, None, [True]):
+        with pytest.raises(ValueError, match="indices of the 3 layers"):
+            convert_attention(model, layers=layers)
     with pytest.raises(TypeError, match="transformers model"):
         convert_attention(torch.nn.Linear(2, 2))  # pyright: ignore
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_layers_that_keep_a_sliding_window_see_no_more_than_it_with_and_without_a_cache(family):
+    kinds = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+    config, kind = kinds[family]
+    sliding = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    model = kind(config(**GQA, **sliding)).double().eval().requires_grad_(False)
+    linear, ids = convert_attention(model, layers=[0]), tokens(1, 20)
+    with attention_mode(linear, "softmax"):
+        torch.testing.assert_close(linear(ids, use_cache=False).logits, model(ids).logits, rtol=0, atol=1e-10)
+    past = DynamicCache(config=linear.config)
+    steps = torch.cat([linear(part, past_key_values=past).logits for part in ids.split(1, dim=1)], dim=1)
+    torch.testing.assert_close(steps, linear(ids, use_cache=False).logits, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="sliding window of 4"):
+        convert_attention(model)
+
+
+def test_settings_of_the_model_come_along_as_copies():
+    model = LlamaForCausalLM._from_config(LlamaConfig(**GQA), attn_implementation="eager")
+    linear = convert_attention(model, layers=[0])
+    assert linear.config._attn_implementation == "eager"
+    linear.generation_config.max_new_tokens = 77
+    assert model.generation_config.max_new_tokens != 77
 
 
 def test_a_checkpoint_without_its_maps_is_refused(tmp_path):
@@ -312,5 +342,8 @@ def test_head_counts_that_do_not_divide_are_refused():
 
 def test_a_cache_of_another_model_is_refused():
     model = converted("llama", "pure")
+    past = model(tokens(1, 5)).past_key_values
+    with pytest.raises(ValueError, match="filled by another model"):
+        converted("llama", "pure")(tokens(1, 1), past_key_values=past)
     with pytest.raises(ValueError, match="another model"):
         model(tokens(1, 5), past_key_values=DynamicCache(config=stock("llama").config))

@@ -205,6 +205,22 @@ def test_logarithms_of_any_size_give_finite_and_right_outputs(causal: bool, scal
     torch.testing.assert_close(y.double(), exact, rtol=0, atol=1e-6 * scale)
 
 
+@pytest.mark.parametrize("scale", [60.0, 100.0, 200.0, 1000.0])
+@pytest.mark.parametrize("size", [0, 4])
+def test_features_with_large_biases_weigh_alike_in_chunks_and_steps(scale: float, size: int) -> None:
+    """Keys and queries of some models (Qwen) carry large biases: features differ by more than e^87, keys do not."""
+    x = operands(40, log=True)
+    bias = torch.randn(6, dtype=torch.float64) * scale
+    x = x._replace(q=(x.q + bias.flip(0) / 4).float(), k=(x.k + bias).float())
+    exact, weights = (f(x, size, log=True, causal=True) for f in (oracle, all_pairs))
+    single = x.to(torch.float32)
+    for chunk in (1, 8, 64):
+        y = attend(single, size, log=True, causal=True, chunk_size=chunk)
+        torch.testing.assert_close(y.double(), exact, rtol=0, atol=1e-6 * scale)
+    logs = linear_attention_log_weights(single.q, single.k, log_features=True, window=single.window(size))
+    torch.testing.assert_close(logs.exp().double(), weights, rtol=0, atol=1e-6 * scale)
+
+
 @both_directions
 @pytest.mark.parametrize("size", [0, 4])
 def test_logarithms_beyond_the_range_of_the_dtype_still_give_means_of_values(causal: bool, size: int) -> None:

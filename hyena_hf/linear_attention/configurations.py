@@ -22,8 +22,12 @@ def check_maps(feature_map: str, feature_dim: int | None, window: int) -> None:
     """Refuse feature maps and windows that do not exist.
 
     Raises:
+        TypeError: A size is no whole number.
         ValueError: One of them does not.
     """
+    for name, value in (("feature_dim", feature_dim), ("the window", window)):
+        if type(value) is not int and not (value is None and name == "feature_dim"):
+            raise TypeError(f"{name} ({value!r}) must be a whole number")
     if feature_map not in FEATURE_MAP_NAMES:
         raise ValueError(f"feature_map is {feature_map!r}; choose one of {', '.join(FEATURE_MAP_NAMES)}")
     if feature_dim is not None and feature_map in MAPS_WITHOUT_WIDTH:

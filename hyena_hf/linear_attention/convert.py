@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -76,7 +77,7 @@ def convert_attention(
     converted.tie_weights()
     converted.train(model.training)
     if model.can_generate():
-        converted.generation_config = model.generation_config
+        converted.generation_config = copy.deepcopy(model.generation_config)
     return converted
 
 
@@ -119,12 +120,13 @@ def _converted_config(
     count = config.num_hidden_layers
     chosen = set(range(count))
     if layers != "all":
-        asked = list(layers) if not isinstance(layers, str) else None
-        if asked is None or not all(isinstance(index, int) and -count <= index < count for index in asked):
+        asked = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else None
+        if asked is None or not all(type(index) is int and -count <= index < count for index in asked):
             raise ValueError(f"layers must be 'all' or indices of the {count} layers of the model, got {layers!r}")
         if not asked:
             raise ValueError("layers is empty: nothing would be converted")
         chosen = {index % count for index in asked}
+    _check_source_windows(config, chosen)
     types = getattr(config, "layer_types", None) or ["full_attention"] * count
     fields = config.to_dict()
     for key in ("model_type", "architectures", "layer_types", "transformers_version", "quantization_config"):
@@ -136,7 +138,23 @@ def _converted_config(
         feature_map=feature_map,
         feature_dim=feature_dim,
         linear_attention_window=window,
+        attn_implementation=config._attn_implementation,
     )
+
+
+def _check_source_windows(config: Any, chosen: set[int]) -> None:
+    """Refuse layers whose own attention sees a sliding window only: their teacher would not be full attention."""
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * max(
+        config.num_hidden_layers, 1
+    )
+    sliding = sorted(index for index in chosen if types[index] == "sliding_attention")
+    if window and sliding:
+        raise ValueError(
+            f"layers {sliding[:5]} attend to a sliding window of {window} tokens; linear attention to all tokens is "
+            f"not what they were trained for. Convert other layers, or set config.sliding_window=None before loading "
+            f"where all sequences are shorter"
+        )
 
 
 @torch.no_grad()

@@ -36,8 +36,8 @@ from transformers import (
     Qwen3ForSequenceClassification,
     Qwen3Model,
 )
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.masking_utils import create_causal_mask
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.bert.modeling_bert import BertSelfAttention
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
@@ -322,7 +322,7 @@ class _Converted(_Loaded):
         if use_cache and cache is None:
             cache = DynamicCache(config=config)
         if cache is not None:
-            layers = _layers_of(cache, config)
+            layers = _layers_of(cache, config, id(self))
         first = layers[0] if layers else None
         mask = real_tokens(attention_mask, batch, length, 0 if first is None else first.get_seq_length())
         segments = build_segments(mask, starts, cached=first is not None)
@@ -339,6 +339,7 @@ class _Converted(_Loaded):
             **kwargs,
         )
         for layer in layers:
+            layer.owner = id(self)
             layer.advance(length, mask)
         return output
 
@@ -362,7 +363,8 @@ class _Converted(_Loaded):
             return None if attention_mask is None else attention_mask.contiguous()
         masks: dict[str, Any] = {HEDGEHOG: None}
         for kind in softmax:
-            masks[kind] = create_causal_mask(
+            make = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
+            masks[kind] = make(
                 config=self.config,
                 inputs_embeds=stream if stream.ndim == 3 else stream.unsqueeze(-1).to(self.dtype),  # pyright: ignore
                 attention_mask=attention_mask,
@@ -372,7 +374,7 @@ class _Converted(_Loaded):
         return masks
 
 
-def _layers_of(cache: Cache, config: Any) -> list[HyenaCacheLayer]:
+def _layers_of(cache: Cache, config: Any, owner: int) -> list[HyenaCacheLayer]:
     """The layers of a cache that belong to converted layers; an empty cache without a config gets its layers here.
 
     Raises:
@@ -381,14 +383,21 @@ def _layers_of(cache: Cache, config: Any) -> list[HyenaCacheLayer]:
     """
     if not isinstance(cache, Cache):
         raise TypeError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}; use DynamicCache")
+    if isinstance(cache, EncoderDecoderCache):
+        raise TypeError(
+            "past_key_values is an EncoderDecoderCache, but these models are no encoder-decoders; use DynamicCache"
+        )
     if not cache.layers and cache.layer_class_to_replicate is not None:
         kinds = [HyenaCacheLayer if kind == HEDGEHOG else DynamicLayer for kind in config.layer_types]
         cache.layers.extend(kind() for kind in kinds)
         cache.layer_class_to_replicate = None
-    ours = [layer for index, layer in enumerate(cache.layers) if index in config.linear_layers]
-    if len(cache.layers) != len(config.layer_types) or not all(isinstance(layer, HyenaCacheLayer) for layer in ours):
+    ours = [cache.layers[index] for index in config.linear_layers if index < len(cache.layers)]
+    known = [layer for layer in ours if isinstance(layer, HyenaCacheLayer)]
+    if len(cache.layers) != len(config.layer_types) or len(known) != len(ours):
         raise ValueError("the cache was made for another model; build one with DynamicCache(config=model.config)")
-    return ours  # pyright: ignore (checked)
+    if any(layer.is_initialized and layer.owner != owner for layer in known):
+        raise ValueError("the cache was filled by another model; start with an empty one for each model")
+    return known
 
 
 class HedgehogBertModel(_Converted, BertModel):

@@ -101,7 +101,7 @@ def attention_transfer(
     steps: int,
     loss: Loss = "weights",
     learning_rate: float = 1e-2,
-    held_out: Sequence[Any] | None = None,
+    held_out: Iterable[Any] | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> TransferReport:
     """Train the feature maps of a converted model in place; everything else stays as it is.
@@ -130,6 +130,11 @@ def attention_transfer(
     if steps < 1 or not learning_rate > 0:
         raise ValueError(f"steps ({steps}) must be at least 1 and learning_rate ({learning_rate}) above 0")
     layers = linear_attentions(model)
+    held_out = None if held_out is None else list(held_out)
+    if held_out is not None:
+        sizes = [_inputs(batch, model)["input_ids"].shape[1] for batch in held_out]
+        if not sizes or (model.can_generate() and max(sizes) < 2):
+            raise ValueError(f"held_out needs batches with a token to predict, got lengths {sizes}")
     if not any(list(layer.parameters()) for layer in layers.values()):
         raise ValueError("these feature maps have nothing to train; convert to a learned one, such as 'hedgehog'")
     with _trainable(model, layers):
@@ -290,7 +295,14 @@ def _inputs(batch: Any, model: PreTrainedModel) -> dict[str, Tensor]:
             f"a batch is a dict with input_ids (B, L), or such a tensor, got {type(batch).__name__}; tokenize with "
             f"return_tensors='pt'"
         )
-    return {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
+    inputs = {
+        key: value.to(model.device) for key, value in batch.items() if isinstance(value, Tensor) and key != "labels"
+    }
+    ids = inputs.get("input_ids")
+    if ids is None or ids.ndim != 2:
+        got = type(batch["input_ids"]).__name__ if ids is None else f"shape {tuple(ids.shape)}"
+        raise ValueError(f"input_ids must be a tensor of shape (B, L), got {got}; tokenize with return_tensors='pt'")
+    return inputs
 
 
 def _repeated(batches: Iterable[Any], steps: int) -> Iterator[Any]:
@@ -405,6 +417,8 @@ def _perplexity(model: PreTrainedModel, batches: Sequence[Any]) -> float:
         logits = model(**inputs, use_cache=False).logits[:, :-1].float()
         nll = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         real = torch.ones_like(nll) if mask is None else (mask[:, 1:] * mask[:, :-1]).flatten().to(nll.dtype)
+        if "position_ids" in inputs:  # packed: a document's first token follows nothing
+            real = real * (inputs["position_ids"].expand_as(ids).diff(dim=1) == 1).flatten()
         total += float((nll.double() * real).sum())
         count += int(real.sum())
     if not count:

@@ -13,8 +13,9 @@ Features come in one of two forms. Plain ones may have signs. Of positive ones t
 (`log_features=True`): exponential feature maps then neither overflow nor lose small features beside large ones. Sums
 are carried relative to a running maximum, of every feature for keys and of every token for queries, as online softmax
 does, and c_t is left out: window and linear weights share one scale, and no weight depends on what others happen to be
-in the window. Between the tokens of a chunk, a weight is exact down to the smallest number of the dtype (e^-87 in
-float32) below the product of the largest features of its query and key; outputs stay means of values beyond that.
+in the window. Between the tokens of a chunk a weight is exact unless it lies e^87 (in float32) below the product of
+the largest features of its query and key, and as far below that of its query with the largest keys of the chunk;
+outputs stay means of values beyond that.
 
 Sums run in float32 at least, whatever the dtype of the inputs: a normaliser in bfloat16 stops growing. Nothing is
 added to it: a query that sees no key gets 0.
@@ -223,9 +224,7 @@ def linear_attention_log_weights(
     rows = _by_key_head(q, groups)
     tiny = torch.finfo(dtype).tiny
     if log_features:
-        q_top, k_top = (x.detach().amax(dim=-1, keepdim=True) for x in (rows, k))
-        logs = _grouped(((rows - q_top).exp() @ (k - k_top).exp().mT).clamp(min=tiny).log(), groups)
-        logs = logs + _grouped(q_top, groups) + k_top.mT.unsqueeze(2)
+        logs = _grouped(_log_products(rows, k), groups)
     else:
         logs = _grouped((rows @ k.mT).clamp(min=tiny).log(), groups)
     if window is not None:
@@ -365,16 +364,35 @@ def _pair_sums(q: Tensor, k: Tensor, values: Tensor, visible: Tensor, groups: in
     """Sums over the keys (B, K, m, F) that each query (B, H, n, F) sees by visible (n, m)."""
     rows, scale = _by_key_head(q, groups), None
     if logs:
-        q_top, k_top = (x.detach().amax(dim=-1, keepdim=True).clamp(min=_NOTHING) for x in (rows, k))
-        bounds = _grouped(q_top, groups) + k_top.mT.unsqueeze(2)  # at most log F below the largest weight possible
-        scale = bounds.masked_fill(~visible, _NOTHING).amax(dim=-1, keepdim=True)
-        # products of features so far below the largest that they underflow still count for something
-        products = ((rows - q_top).exp() @ (k - k_top).exp().mT).clamp(min=torch.finfo(k.dtype).tiny)
-        weights = _grouped(products, groups) * (bounds - scale).clamp(max=0).exp()
+        products = _grouped(_log_products(rows, k), groups)
+        scale = products.detach().masked_fill(~visible, _NOTHING).amax(dim=-1, keepdim=True)
+        weights = (products - scale).clamp(max=0).exp()
     else:
         weights = _grouped(rows @ k.mT, groups)
     weights = weights.masked_fill(~visible, 0).flatten(2, 3)
     return _Sums(_grouped(weights @ values, groups), scale)
+
+
+def _log_products(q: Tensor, k: Tensor) -> Tensor:
+    """Logarithms of sums of exp(q + k) over features of every query (B, K, R, F) and key (B, K, m, F): (B, K, R, m).
+
+    Two products, each exact where its factors do not underflow: one relative to the largest feature of every query and
+    of every key, for keys that differ much among each other; one relative to the largest key of every feature, for
+    features that differ much in all of them, as biases make them. Where both underflow, a floor.
+    """
+    tiny = torch.finfo(k.dtype).tiny
+    q_top, k_top = (x.detach().amax(dim=-1, keepdim=True).clamp(min=_NOTHING) for x in (q, k))
+    feature_top = k.detach().amax(dim=2, keepdim=True).clamp(min=_NOTHING)
+    shifted = q + feature_top
+    shifted_top = shifted.detach().amax(dim=-1, keepdim=True).clamp(min=_NOTHING)
+    by_token = (q - q_top).exp() @ (k - k_top).exp().mT
+    by_feature = (shifted - shifted_top).exp() @ (k - feature_top).exp().mT
+    bound = q_top + k_top.mT
+    found = torch.maximum(
+        torch.where(by_token > tiny, by_token.clamp(min=tiny).log() + bound, -math.inf),
+        torch.where(by_feature > tiny, by_feature.clamp(min=tiny).log() + shifted_top, -math.inf),
+    )
+    return torch.where(found == -math.inf, bound + math.log(tiny), found)
 
 
 def _window_sums(
