@@ -39,7 +39,6 @@ class FeatureMap(nn.Module):
     """
 
     is_log = False  # whether logarithms of features come out
-    uses_positions = False
     has_feature_dim = False
     sums_exponentials = False  # whether phi(q) . phi(k) is a sum of exponentials without a factor
     num_features: int
@@ -59,7 +58,7 @@ class FeatureMap(nn.Module):
 
         Args:
             x: (B, H, n, P).
-            positions: Index of every token in its sequence (n,) or (B, n); only maps with `uses_positions` read it.
+            positions: Index of every token in its sequence (n,) or (B, n); only the cosformer's map reads it.
 
         Returns:
             Features or their logarithms (B, H, n, F), in float32 at least.
@@ -173,8 +172,6 @@ class SharperExpMap(ExpMap):
 
 class CosformerMap(FeatureMap):
     """relu(x) [cos(a), sin(a)], a = pi i / 2 M: phi(q) . phi(k) = relu(q) . relu(k) cos(pi (i - j) / 2 M)."""
-
-    uses_positions = True
 
     def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None, max_length: int = 1) -> None:
         super().__init__(num_heads, head_dim, feature_dim, max_length)

@@ -246,6 +246,14 @@ def test_every_map_can_be_converted_to(feature_map):
     torch.testing.assert_close(pieces, linear(ids, use_cache=False).logits, rtol=0, atol=1e-9)
 
 
+def test_the_cosformer_refuses_distances_that_it_would_weigh_negatively():
+    linear = convert_attention(stock("llama"), feature_map="cosformer")
+    past = linear(tokens(1, 256)).past_key_values
+    for ids, given in ((tokens(1, 257), None), (tokens(1, 1), past)):
+        with pytest.raises(ValueError, match="257 tokens exceeds"):
+            linear(ids, past_key_values=given)
+
+
 def test_the_model_that_is_converted_stays_as_it_is():
     model, ids = stock("llama"), tokens(1, 20)
     before = model(ids).logits

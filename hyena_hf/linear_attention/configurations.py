@@ -6,7 +6,6 @@ Each has its own model type, so that stock transformers refuses their files inst
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -55,6 +54,11 @@ class LinearAttentionSettings:
     num_hidden_layers: int
     num_attention_heads: int
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.layer_types is None:
+            self.layer_types = [HEDGEHOG] * self.num_hidden_layers
+        super().__post_init__(**kwargs)  # pyright: ignore (the config of the family stands behind)
+
     @property
     def linear_layers(self) -> list[int]:
         """Indices of the converted layers."""
@@ -73,10 +77,6 @@ class LinearAttentionSettings:
             )
 
 
-def _default_types(types: Sequence[str] | None, layers: int) -> list[str]:
-    return [HEDGEHOG] * layers if types is None else list(types)
-
-
 @strict
 class HedgehogLlamaConfig(LinearAttentionSettings, LlamaConfig):
     """Config of a Llama (SmolLM2, Llama 2 and 3) with linear attention."""
@@ -87,10 +87,6 @@ class HedgehogLlamaConfig(LinearAttentionSettings, LlamaConfig):
     feature_map: str = "hedgehog"
     feature_dim: int | None = None
     linear_attention_window: int = 0
-
-    def __post_init__(self, **kwargs) -> None:
-        self.layer_types = _default_types(self.layer_types, self.num_hidden_layers)
-        super().__post_init__(**kwargs)
 
 
 @strict
@@ -104,10 +100,6 @@ class HedgehogMistralConfig(LinearAttentionSettings, MistralConfig):
     feature_dim: int | None = None
     linear_attention_window: int = 0
 
-    def __post_init__(self, **kwargs) -> None:
-        self.layer_types = _default_types(self.layer_types, self.num_hidden_layers)
-        super().__post_init__(**kwargs)
-
 
 @strict
 class HedgehogQwen2Config(LinearAttentionSettings, Qwen2Config):
@@ -119,10 +111,6 @@ class HedgehogQwen2Config(LinearAttentionSettings, Qwen2Config):
     feature_dim: int | None = None
     linear_attention_window: int = 0
 
-    def __post_init__(self, **kwargs) -> None:
-        self.layer_types = _default_types(self.layer_types, self.num_hidden_layers)
-        super().__post_init__(**kwargs)
-
 
 @strict
 class HedgehogQwen3Config(LinearAttentionSettings, Qwen3Config):
@@ -133,10 +121,6 @@ class HedgehogQwen3Config(LinearAttentionSettings, Qwen3Config):
     feature_map: str = "hedgehog"
     feature_dim: int | None = None
     linear_attention_window: int = 0
-
-    def __post_init__(self, **kwargs) -> None:
-        self.layer_types = _default_types(self.layer_types, self.num_hidden_layers)
-        super().__post_init__(**kwargs)
 
 
 @strict
@@ -150,10 +134,6 @@ class HedgehogGPT2Config(LinearAttentionSettings, GPT2Config):
     feature_dim: int | None = None
     linear_attention_window: int = 0
 
-    def __post_init__(self, **kwargs) -> None:
-        self.layer_types = _default_types(self.layer_types, self.n_layer)
-        super().__post_init__(**kwargs)
-
 
 @strict
 class HedgehogBertConfig(LinearAttentionSettings, BertConfig):
@@ -165,10 +145,6 @@ class HedgehogBertConfig(LinearAttentionSettings, BertConfig):
     feature_map: str = "hedgehog"
     feature_dim: int | None = None
     linear_attention_window: int = 0
-
-    def __post_init__(self, **kwargs) -> None:
-        self.layer_types = _default_types(self.layer_types, self.num_hidden_layers)
-        super().__post_init__(**kwargs)
 
 
 CONFIGS: dict[str, type[PreTrainedConfig]] = {

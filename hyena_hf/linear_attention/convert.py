@@ -18,14 +18,6 @@ from . import modeling
 from .configurations import CONFIGS, HEDGEHOG, check_maps
 
 
-_STOCK_PREFIXES = {
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "gpt2": "GPT2",
-    "bert": "Bert",
-}
 _RENAMED = {"GPT2LMHeadModel": "HedgehogGPT2ForCausalLM"}
 
 
@@ -41,8 +33,9 @@ def convert_attention(
     """A model whose attention is linear in some layers or all; it is to be trained (`attention_transfer`).
 
     Args:
-        model: A Llama, Mistral, Qwen 2 or 3, GPT-2 or BERT encoder with any of transformers' usual heads. It stays as
-            it is: weights are copied.
+        model: A Llama, Mistral, Qwen 2 or 3 or GPT-2, bare, as a language model or as a classifier of sequences; or a
+            BERT encoder, bare or with a head for masked tokens, sequences, tokens or answers. It stays as it is:
+            weights are copied.
         layers: Indices of the layers to convert, or `"all"`. Negative ones count from the end.
         feature_map: Name in `hyena_hf.feature_maps.FEATURE_MAPS`.
         feature_dim: Outputs of a learned map (None: the width of a head).
@@ -91,11 +84,11 @@ def _converted_name(model: PreTrainedModel) -> str:
             f"convert the model of softmax attention that it came from"
         )
     ours = _RENAMED.get(name, f"Hedgehog{name}")
-    if family not in _STOCK_PREFIXES or not hasattr(modeling, ours):
+    if family not in CONFIGS or not hasattr(modeling, ours):
         known = sorted(key for key in vars(modeling) if key.startswith("Hedgehog") and "For" in key)
         raise ValueError(
             f"{name} (model type {family!r}) is no model whose attention can be converted; its layers that look like "
-            f"attention are {_attention_like(model) or 'none'}. Known are the model types {sorted(_STOCK_PREFIXES)} "
+            f"attention are {_attention_like(model) or 'none'}. Known are the model types {sorted(CONFIGS)} "
             f"with the heads of {', '.join(known)}"
         )
     if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
@@ -129,7 +122,7 @@ def _converted_config(
     _check_source_windows(config, chosen)
     types = getattr(config, "layer_types", None) or ["full_attention"] * count
     fields = config.to_dict()
-    for key in ("model_type", "architectures", "layer_types", "transformers_version", "quantization_config"):
+    for key in ("model_type", "architectures", "layer_types", "transformers_version"):
         fields.pop(key, None)
     make: Any = CONFIGS[config.model_type]
     return make(
@@ -145,8 +138,8 @@ def _converted_config(
 def _check_source_windows(config: Any, chosen: set[int]) -> None:
     """Refuse layers whose own attention sees a sliding window only: their teacher would not be full attention."""
     window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * max(
-        config.num_hidden_layers, 1
+    types = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * (
+        config.num_hidden_layers
     )
     sliding = sorted(index for index in chosen if types[index] == "sliding_attention")
     if window and sliding:

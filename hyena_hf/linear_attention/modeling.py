@@ -45,12 +45,11 @@ from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from hyena_hf.cache import HyenaCacheLayer, LinearHistory
-from hyena_hf.mixers.attention import remembered
-from hyena_hf.mixers.linear_attention import LinearAttention, init_linear_attention
+from hyena_hf.cache import HyenaCacheLayer
+from hyena_hf.mixers.linear_attention import LinearAttention, attend_in_stream, init_linear_attention
 from hyena_hf.modeling_hyena import HyenaModel, real_tokens
-from hyena_hf.ops import Segments, over_rows
-from hyena_hf.ops.segments import build_segments, document_starts, filled_cells, zero_behind
+from hyena_hf.ops import Segments
+from hyena_hf.ops.segments import build_segments, document_starts
 
 from .configurations import (
     HEDGEHOG,
@@ -88,48 +87,9 @@ def attend(
     segments: Segments | None,
     cache_layer: HyenaCacheLayer | None,
 ) -> Tensor:
-    """Linear attention of a stream.
-
-    Args:
-        attention: The layer's.
-        q: Queries (B, L, H, P).
-        k, v: Keys and values (B, L, K, P).
-        segments: How the batch divides into sequences; None for a dense batch.
-        cache_layer: What the layer remembers of earlier calls, or None.
-
-    Returns:
-        (B, L, H P); zero for masked tokens.
-    """
+    """`attend_in_stream` of queries (B, L, H, P), keys and values (B, L, K, P): (B, L, H P)."""
     stream = torch.cat([x.flatten(2) for x in (q, k, v)], dim=-1)
-    queries = q.shape[2] * q.shape[3]
-
-    def make_histories(length: int | None, expected: int | None) -> list[LinearHistory]:  # noqa: ARG001 (interface)
-        return [LinearHistory(attention.window, fixed=length is not None, queries=queries)]
-
-    def causal(rows: Tensor, counts: Tensor | None) -> Tensor:
-        return memory.push(0, rows.transpose(1, 2), counts, attention).transpose(1, 2)
-
-    def both_sides(rows: Tensor, counts: Tensor | None) -> Tensor:
-        x = zero_behind(rows.transpose(1, 2), counts)
-        filled = None if counts is None else filled_cells(x.shape[-1], counts)
-        return attention.attend_both_sides(x[:, :queries], x[:, queries:], filled).transpose(1, 2)
-
-    def replaced(rows: Tensor, counts: Tensor | None) -> Tensor:
-        assert attention.replacement is not None  # noqa: S101 (narrows the type)
-        x = zero_behind(rows.transpose(1, 2), counts)
-        filled = None if counts is None else filled_cells(x.shape[-1], counts)
-        query, (key, value) = attention.heads(x[:, :queries]), map(attention.heads, x[:, queries:].chunk(2, dim=1))
-        y = attention.replacement(attention, query, key, value, filled)
-        return y.transpose(1, 2).flatten(2)
-
-    if attention.replacement is not None:
-        if cache_layer is not None:
-            raise ValueError("while its attention is replaced, the model takes no cache; pass use_cache=False")
-        return over_rows(segments, replaced, stream)
-    if not attention.is_causal:
-        return over_rows(segments, both_sides, stream)
-    memory = remembered(make_histories, cache_layer, stream)
-    return over_rows(segments, causal, stream)
+    return attend_in_stream(attention, stream, segments, cache_layer)
 
 
 class _RotaryAttention:
@@ -326,6 +286,7 @@ class _Converted(_Loaded):
         first = layers[0] if layers else None
         mask = real_tokens(attention_mask, batch, length, 0 if first is None else first.get_seq_length())
         segments = build_segments(mask, starts, cached=first is not None)
+        self._check_distances(first, length if segments is None else segments.max_length)
         if position_ids is None:
             position_ids = HyenaModel._positions(first, segments, length, stream.device)
         output = super().forward(  # pyright: ignore (the stock class stands behind)
@@ -342,6 +303,18 @@ class _Converted(_Loaded):
             layer.owner = id(self)
             layer.advance(length, mask)
         return output
+
+    def _check_distances(self, first: HyenaCacheLayer | None, new: int) -> None:
+        """Refuse sequences over which the cosformer's weights would turn negative."""
+        config = self.config
+        if config.feature_map != "cosformer" or torch.compiler.is_compiling():
+            return
+        total = new + (0 if first is None else int(torch.as_tensor(first.tokens).max()))
+        if total > config.max_position_embeddings:
+            raise ValueError(
+                f"a sequence of {total} tokens exceeds max_position_embeddings ({config.max_position_embeddings}), "
+                f"beyond which the cosformer map gives negative weights; shorten it"
+            )
 
     def _is_decoder(self) -> bool:
         return True

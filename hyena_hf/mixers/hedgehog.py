@@ -3,13 +3,12 @@
 
 from torch import Tensor
 
-from hyena_hf.cache import HyenaCacheLayer, LinearHistory, NoMemory
+from hyena_hf.cache import HyenaCacheLayer
 from hyena_hf.configuration_hyena import HyenaConfig
-from hyena_hf.ops import Segments, over_rows
-from hyena_hf.ops.segments import filled_cells, zero_behind
+from hyena_hf.ops import Segments
 
-from .attention import HeadProjections, remembered
-from .linear_attention import LinearAttention
+from .attention import HeadProjections
+from .linear_attention import LinearAttention, attend_in_stream
 
 
 class HedgehogMixer(HeadProjections):
@@ -34,11 +33,6 @@ class HedgehogMixer(HeadProjections):
             is_causal=config.is_causal,
         )
 
-    def make_histories(self, length: int | None, expected: int | None) -> list[LinearHistory]:  # noqa: ARG002
-        """One empty history; arguments as in `HyenaMixer.make_histories`."""
-        queries = self.num_heads * self.head_dim
-        return [LinearHistory(self.attention.window, fixed=length is not None, queries=queries)]
-
     def forward(
         self,
         hidden_states: Tensor,
@@ -58,25 +52,8 @@ class HedgehogMixer(HeadProjections):
         Returns:
             (B, L, D).
         """
-        memory = remembered(self.make_histories, cache_layer, hidden_states)
-        attend = self._attend_to_memory if self.attention.is_causal else self._attend_to_row
-
-        def mix(rows: Tensor, counts: Tensor | None) -> Tensor:
-            return attend(memory, rows.transpose(1, 2), counts).transpose(1, 2)
-
-        return self.out_proj(over_rows(segments, mix, self.project(hidden_states, position_embeddings)))
-
-    def _attend_to_memory(self, memory: HyenaCacheLayer | NoMemory, x: Tensor, counts: Tensor | None) -> Tensor:
-        """Linear attention of new tokens x (B, C, n) to the remembered ones and to each other."""
-        return memory.push(0, x, counts, self.attention)
-
-    def _attend_to_row(self, memory: HyenaCacheLayer | NoMemory, x: Tensor, counts: Tensor | None) -> Tensor:
-        """The same of whole rows x (R, C, n) to themselves; a bidirectional model remembers nothing."""
-        del memory
-        queries = self.num_heads * self.head_dim
-        x = zero_behind(x, counts)
-        filled = None if counts is None else filled_cells(x.shape[-1], counts)
-        return self.attention.attend_both_sides(x[:, :queries], x[:, queries:], filled)
+        stream = self.project(hidden_states, position_embeddings)
+        return self.out_proj(attend_in_stream(self.attention, stream, segments, cache_layer))
 
 
 __all__ = ["HedgehogMixer"]

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from hyena_hf.cache import HyenaCacheLayer, LinearHistory
 from hyena_hf.feature_maps import LearnedMap, PerformerMap, make_feature_map
+from hyena_hf.ops import Segments, over_rows
 from hyena_hf.ops.linear_attention import (
     LinearState,
     SoftmaxWindow,
@@ -18,6 +20,9 @@ from hyena_hf.ops.linear_attention import (
     fold,
     with_ones,
 )
+from hyena_hf.ops.segments import filled_cells, zero_behind
+
+from .attention import remembered
 
 
 # attention of whole rows by other means: (layer, q (R, H, n, P), k (R, K, n, P), v, filled (R, n)) -> (R, H, n, P)
@@ -138,6 +143,47 @@ class LinearAttention(nn.Module):
         return x.unflatten(1, (-1, self.head_dim)).transpose(2, 3)
 
 
+def attend_in_stream(
+    attention: LinearAttention, stream: Tensor, segments: Segments | None, cache_layer: HyenaCacheLayer | None
+) -> Tensor:
+    """Linear attention of the tokens of a stream to tokens of the same sequence.
+
+    Args:
+        attention: The layer's.
+        stream: Queries, keys and values (B, L, (H + 2 K) P).
+        segments: How the batch divides into sequences; None for a dense batch.
+        cache_layer: What the layer remembers of earlier calls, or None.
+
+    Returns:
+        (B, L, H P); zero for masked tokens.
+
+    Raises:
+        ValueError: The attention is replaced, and there is a cache.
+    """
+    queries = attention.num_heads * attention.head_dim
+
+    def make_histories(length: int | None, expected: int | None) -> list[LinearHistory]:  # noqa: ARG001 (interface)
+        return [LinearHistory(attention.window, fixed=length is not None, queries=queries)]
+
+    def causal(rows: Tensor, counts: Tensor | None) -> Tensor:
+        return memory.push(0, rows.transpose(1, 2), counts, attention).transpose(1, 2)
+
+    def whole_rows(rows: Tensor, counts: Tensor | None) -> Tensor:
+        x = zero_behind(rows.transpose(1, 2), counts)
+        filled = None if counts is None else filled_cells(x.shape[-1], counts)
+        if attention.replacement is None:
+            return attention.attend_both_sides(x[:, :queries], x[:, queries:], filled).transpose(1, 2)
+        query, (key, value) = attention.heads(x[:, :queries]), map(attention.heads, x[:, queries:].chunk(2, dim=1))
+        return attention.replacement(attention, query, key, value, filled).transpose(1, 2).flatten(2)
+
+    if attention.replacement is not None and cache_layer is not None:
+        raise ValueError("while its attention is replaced, the model takes no cache; pass use_cache=False")
+    if attention.replacement is not None or not attention.is_causal:
+        return over_rows(segments, whole_rows, stream)
+    memory = remembered(make_histories, cache_layer, stream)
+    return over_rows(segments, causal, stream)
+
+
 def init_linear_attention(module: nn.Module) -> bool:
     """Initialise a module of linear attention, as `_init_weights` of a model does; False for any other."""
     if isinstance(module, LinearAttention):
@@ -153,4 +199,4 @@ def init_linear_attention(module: nn.Module) -> bool:
     return True
 
 
-__all__ = ["LinearAttention", "init_linear_attention"]
+__all__ = ["LinearAttention", "attend_in_stream", "init_linear_attention"]

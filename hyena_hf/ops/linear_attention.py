@@ -102,7 +102,7 @@ def causal_linear_attention(
     call: the state covers everything before the first column. Without a window nothing is needed but the state; with
     one, the last `window.size - 1` keys, window keys and values have to be given again.
 
-    Time is O(N (chunk_size + F) F) and memory beyond inputs and outputs that of a few chunks, with gradients too.
+    Time is O(N F (chunk_size + P)) and memory beyond inputs and outputs that of a few chunks, with gradients too.
 
     Args:
         q: Features of queries (B, H, n, F), or their logarithms.
