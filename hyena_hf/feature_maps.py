@@ -14,7 +14,8 @@
 | taylor | [1, z, z z^T / sqrt(2)] | Hedgehog paper; Arora et al. 2024, arXiv 2402.18668 |
 
 In the last two z = x / P^(1/4), so that they estimate exp(s), and 1 + s + s^2 / 2, of the scaled score s.
-W and b belong to one head of one layer, with one map for queries and one for keys; W starts as the identity. Maps act
+W and b belong to one head of one layer, with one map for queries and one for keys; W starts as the identity (with more
+features than the head is wide, beside orthogonal matrices). Maps act
 after the rotary embedding and hold no scaling of scores. Exponential maps give logarithms of features
 (`hyena_hf.ops.linear_attention`); features are computed in float32 at least.
 
@@ -22,7 +23,6 @@ B batch, H heads, n tokens, P head width, D outputs of a learned map, F features
 """
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,13 @@ def _exact(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _orthogonal_matrix(width: int, generator: torch.Generator) -> Tensor:
+    """A uniform orthogonal matrix, in float32 on the CPU, whatever the dtype and device that a model is made in."""
+    q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, device="cpu", dtype=torch.float32))
+    # without the signs of r, q is not uniform: its first column always points against the first axis
+    return q * r.diagonal().sign()
+
+
 class LearnedMap(FeatureMap):
     """y = W^T x + b in every head."""
 
@@ -85,8 +92,16 @@ class LearnedMap(FeatureMap):
         self.bias = nn.Parameter(torch.zeros(num_heads, self.feature_dim))
 
     def initial_weight(self) -> Tensor:
-        """The identity in every head (H, P, D), cut or filled with zeros where widths differ."""
-        return torch.eye(self.head_dim, self.feature_dim).repeat(self.num_heads, 1, 1)
+        """The identity in every head (H, P, D), cut to D columns, or followed by orthogonal matrices where D is more.
+
+        Not by zeros: a column of zeros in both maps has no gradient in [exp(y), exp(-y)], and several have the same
+        in the other maps, so they would stay one feature. The matrices are alike in all maps of these widths.
+        """
+        generator = torch.Generator().manual_seed(0)
+        blocks = [torch.eye(self.head_dim)]
+        for _ in range(1, -(-self.feature_dim // self.head_dim)):
+            blocks.append(_orthogonal_matrix(self.head_dim, generator).to(blocks[0]))
+        return torch.cat(blocks, dim=1)[:, : self.feature_dim].repeat(self.num_heads, 1, 1)
 
     def project(self, x: Tensor) -> Tensor:
         """W^T x + b for x (B, H, n, P), (B, H, n, D)."""
@@ -204,13 +219,9 @@ class PerformerMap(FeatureMap):
         generator = torch.Generator().manual_seed(0)
         blocks = []
         for _ in range(-(-self.feature_dim // self.head_dim)):
-            # in float32 on the CPU, whatever the dtype and device that a model is made in
-            draw = partial(torch.randn, generator=generator, device="cpu", dtype=torch.float32)
-            normal, lengths = (draw(self.head_dim, self.head_dim) for _ in range(2))
-            lengths = lengths.norm(dim=1)
-            q, r = torch.linalg.qr(normal)
-            # without the signs of r, q is not uniform: its first column always points against the first axis
-            blocks.append((q * r.diagonal().sign()).mT * lengths.unsqueeze(1))
+            directions = _orthogonal_matrix(self.head_dim, generator).mT
+            normal = torch.randn(self.head_dim, self.head_dim, generator=generator, device="cpu", dtype=torch.float32)
+            blocks.append(directions * normal.norm(dim=1, keepdim=True))
         return torch.cat(blocks)[: self.feature_dim]
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:  # noqa: ARG002 (one interface)
