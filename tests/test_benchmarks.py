@@ -13,6 +13,7 @@ from benchmarks import (
     bench_fftconv,
     bench_forward,
     bench_generate,
+    bench_linear_attention,
     bench_long_context,
     bench_mixer,
     generation,
@@ -246,6 +247,47 @@ def test_every_section_of_the_page_on_generation_runs_on_tiny_shapes(key):
     (heading, *lines), _ = bench_generate.SECTIONS[key](timing.Settings(rounds=2, smoke=True))
     assert heading.startswith("## ")
     assert sum(line.startswith("| ") for line in lines) > 2
+
+
+@pytest.fixture(scope="module")
+def pages_on_linear_attention():
+    """Every section of the page on tiny shapes, its tables by rows of cells."""
+    settings, source = timing.Settings(rounds=2, smoke=True), bench_linear_attention.Source(None)
+    found = {}
+    for key, section in bench_linear_attention.SECTIONS.items():
+        (heading, *lines), _ = section(settings, source)
+        assert heading.startswith("## ")
+        found[key] = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    return found
+
+
+def test_every_section_of_the_page_on_linear_attention_has_rows(pages_on_linear_attention):
+    assert all(len(rows) > 3 for rows in pages_on_linear_attention.values())
+
+
+def test_the_page_on_linear_attention_finds_every_situation_within_its_bound(pages_on_linear_attention):
+    rows = pages_on_linear_attention["exactness"]
+    assert sum(cell.count("within the bound") for row in rows for cell in row) == 10
+    assert sum(cell.startswith("identical") for row in rows for cell in row) == 2
+
+
+def test_the_page_on_linear_attention_shows_what_a_coarse_normaliser_loses(pages_on_linear_attention):
+    errors = {tuple(row[:2]): float(row[3]) for row in pages_on_linear_attention["drift"][2:]}
+    assert len(errors) == 12
+    for (_, state), error in errors.items():
+        assert (error > 1e-3) if "bfloat16" in state else (error < 1e-6)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_measured_softmax_step_leaves_its_cache_as_it_was(static):
+    decoder = bench_linear_attention.SoftmaxDecoder(bench_linear_attention.Source(None).model(), 2, 12, static=static)
+    seen = []
+    hook = decoder.model.register_forward_hook(lambda *call: seen.append(call[-1].logits.clone()))
+    for _ in range(3):
+        decoder.run()
+    hook.remove()
+    assert seen[2].equal(seen[0])
+    assert decoder.cache.get_seq_length() == 12
 
 
 def test_the_models_of_the_page_on_generation_have_equal_sizes_within_a_hundredth():

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     Lfm2Config,
     Lfm2ForCausalLM,
     LlamaConfig,
@@ -25,14 +27,18 @@ from transformers import (
     Mamba2Config,
     Mamba2ForCausalLM,
     PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 from transformers.cache_utils import Cache
 
 from hyena_hf import HyenaConfig, HyenaForCausalLM
 from hyena_hf.cache import online
+from hyena_hf.linear_attention import convert_attention
 
 
 VOCABULARY, WIDTH, LAYERS, TRAINED_LENGTH = 97, 32, 3, 256
+WINDOW = 6  # tokens with softmax attention in converted models
 COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "tie_word_embeddings": True}
 COMMON |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
 DECODER: dict[str, Any] = {
@@ -72,6 +78,17 @@ def _hybrid(layers: int) -> PreTrainedModel:
     return _hyena(layers, layer_types=["hyena", "full_attention", "hyena"][:layers])
 
 
+def _linear_gpt2(layers: int) -> PreTrainedModel:
+    sizes: dict[str, Any] = {"n_embd": WIDTH, "n_inner": 2 * WIDTH, "n_head": 4, "n_positions": 512}
+    return convert_attention(GPT2LMHeadModel(GPT2Config(**COMMON, **sizes, n_layer=layers)), window=WINDOW)
+
+
+def _linear_hybrid(layers: int) -> PreTrainedModel:
+    """The middle one of three layers keeps softmax attention."""
+    model = Qwen3ForCausalLM(Qwen3Config(**DECODER, head_dim=8, num_hidden_layers=layers))
+    return convert_attention(model, layers=[0, -1], window=WINDOW)
+
+
 def short_tiles() -> AbstractContextManager:
     """Context in which tiles begin after a few tokens: the table's sequences are too short for them otherwise."""
     return patch.multiple(online, NEAR=8, BLOCK=2, PATIENCE=0, _CHUNK=16, _KEPT=8)
@@ -101,6 +118,9 @@ MODELS = {
     "Hyena hybrid": Spec(_hybrid, ours=True),
     "modal filters": Spec(lambda layers: _hyena(layers, filter_types=["modal"] * layers), ours=True),
     "online tiles": Spec(lambda layers: _hyena(layers, decode_cache="online"), ours=True, context=short_tiles),
+    "linear Llama": Spec(lambda layers: convert_attention(_llama(layers)), ours=True),
+    "linear GPT-2, window": Spec(_linear_gpt2, ours=True),
+    "linear Qwen3, hybrid": Spec(_linear_hybrid, ours=True),
 }
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -110,6 +130,8 @@ FLOOR = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 # the first rule whose word is in a parameter's name gives its mean (None: as initialised) and standard deviation
 DRAWS = (
     ("norm", (1.0, 0.1)),
+    ("ln_", (1.0, 0.1)),  # GPT-2
+    ("_map.weight", (0.0, 0.5)),  # linear attention: features that tell keys apart
     ("short_conv", (0.0, 0.5)),  # Hyena
     ("conv1d", (0.0, 0.5)),  # Mamba2
     ("conv.conv", (0.0, 0.5)),  # LFM2
