@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hyena_hf.linear_attention import attention_mode, attention_transfer, convert_attention
+from hyena_hf.linear_attention import attention_mode, attention_transfer, convert_attention, transfer
 from hyena_hf.linear_attention.modes import linear_attentions
 from hyena_hf.linear_attention.transfer import measure_branches, measure_layers
 from hyena_hf.ops.linear_attention import linear_attention_weights
@@ -179,6 +179,42 @@ def test_bfloat16_models_keep_their_dtype_and_learn():
     report = attention_transfer(model, batches(), steps=20, learning_rate=3e-2)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert report.losses[1][-1] < report.losses[1][0]
+
+
+def test_a_transfer_that_was_killed_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "SAVE_EVERY", 3)
+    data = batches(3)
+    whole, stopped, resumed = (convert_attention(stock("llama").float(), window=4) for _ in range(3))
+    report = attention_transfer(whole, data, steps=8, loss="both")
+
+    def stop(step: int, _: float) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attention_transfer(stopped, data, steps=8, loss="both", work_dir=tmp_path, progress=stop)
+    seen: list[int] = []
+    again = attention_transfer(
+        resumed, data, steps=8, loss="both", work_dir=tmp_path, progress=lambda step, _: seen.append(step)
+    )
+    assert seen == [4, 5, 6, 7, 8]  # step 3 was kept
+    assert again.losses == report.losses
+    for key, value in whole.state_dict().items():
+        assert value.equal(resumed.state_dict()[key]), key
+
+
+def test_a_work_folder_belongs_to_one_transfer(tmp_path):
+    model = convert_attention(stock("llama").float())
+    attention_transfer(model, batches(), steps=2, work_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"another training \(differing: loss, model\)"):
+        attention_transfer(model, batches(), steps=2, loss="both", work_dir=tmp_path)
+
+
+def test_batches_without_a_token_are_refused():
+    ids = tokens(2, 9)
+    batch = {"input_ids": ids, "attention_mask": torch.zeros_like(ids)}
+    with pytest.raises(ValueError, match="step 1 has no token"):
+        attention_transfer(convert_attention(stock("llama").float()), [batch], steps=1)
 
 
 def test_what_cannot_be_trained_is_refused():

@@ -18,18 +18,23 @@ branch alone, over all keys, and that of both branches together.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hyena_hf.mixers.linear_attention import LinearAttention
+from hyena_hf.ops.attention_divergence import attention_divergence
 from hyena_hf.ops.linear_attention import (
     SoftmaxWindow,
     bidirectional_linear_attention,
@@ -37,10 +42,12 @@ from hyena_hf.ops.linear_attention import (
     linear_attention_log_weights,
 )
 
-from .modes import attention_mode, linear_attentions, replaced_attention, softmax_log_weights, visible_keys
+from .modes import MODES, attention_mode, linear_attentions, replaced_attention, softmax_log_weights, visible_keys
 
 
 Loss = Literal["weights", "outputs", "both"]
+STATE_FILE, SAVE_EVERY = "attention_transfer.safetensors", 25  # in `work_dir`; steps between two states
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ def attention_transfer(
     learning_rate: float = 1e-2,
     held_out: Iterable[Any] | None = None,
     progress: Callable[[int, float], None] | None = None,
+    work_dir: str | Path | None = None,
 ) -> TransferReport:
     """Train the feature maps of a converted model in place; everything else stays as it is.
 
@@ -117,13 +125,15 @@ def attention_transfer(
         learning_rate: At the start.
         held_out: Batches for the report.
         progress: Called after each step with its number, from 1, and the mean loss of the layers.
+        work_dir: Folder for the state of the training: a call that was killed goes on there, if it is repeated with
+            the same model, steps, loss and learning rate, and the same batches in the same order.
 
     Returns:
         The report.
 
     Raises:
-        ValueError: The model is not converted, its maps have nothing to train, the batches end before the steps, a
-            loss is no finite number, or an option does not exist.
+        ValueError: The model is not converted, its maps have nothing to train, the batches end before the steps or
+            hold no token, a loss is no finite number, an option does not exist, or `work_dir` holds another training.
     """
     if loss not in ("weights", "outputs", "both"):
         raise ValueError(f"loss is {loss!r}; choose 'weights', 'outputs' or 'both'")
@@ -137,8 +147,10 @@ def attention_transfer(
             raise ValueError(f"held_out needs batches with a token to predict, got lengths {sizes}")
     if not any(list(layer.parameters()) for layer in layers.values()):
         raise ValueError("these feature maps have nothing to train; convert to a learned one, such as 'hedgehog'")
+    setting = {"steps": steps, "loss": loss, "learning_rate": learning_rate, "model": _sums_of_weights(model)}
+    kept = None if work_dir is None else _Kept(Path(work_dir) / STATE_FILE, setting)
     with _trainable(model, layers):
-        losses = _train(model, layers, batches, steps, loss, learning_rate, progress)
+        losses = _train(model, layers, batches, steps, loss, learning_rate, progress, kept)
     if held_out is None:
         return TransferReport(steps, losses)
     return TransferReport(steps, losses, measure_layers(model, held_out), measure_branches(model, held_out))
@@ -164,6 +176,54 @@ def _trainable(model: PreTrainedModel, layers: dict[int, LinearAttention]) -> It
         model.train(was_training)
 
 
+class _Kept:
+    """The state of a training in a file, whole or not there: maps, AdamW's moments, steps taken and losses."""
+
+    def __init__(self, path: Path, setting: dict[str, Any]) -> None:
+        self.path, self.setting = path, setting
+
+    def load(self, optimizer: torch.optim.Optimizer) -> tuple[int, dict[int, list[float]]]:
+        """Put the state into an optimizer and its parameters; steps taken and losses, 0 and none without a file."""
+        if not self.path.exists():
+            return 0, {}
+        with safe_open(self.path, framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+            differing = [key for key, value in self.setting.items() if state["setting"].get(key) != value]
+            if differing:
+                raise ValueError(
+                    f"{self.path} is the state of another training (differing: {', '.join(differing)}); choose "
+                    f"another work_dir, or repeat the call with which that one was begun"
+                )
+            for index, parameter in enumerate(_parameters(optimizer)):
+                parameter.data.copy_(file.get_tensor(f"{index}.value"))
+                moments = {name: file.get_tensor(f"{index}.{name}").to(parameter.device) for name in _MOMENTS}
+                optimizer.state[parameter] = {"step": torch.tensor(float(state["step"])), **moments}
+        return state["step"], {int(index): values for index, values in state["losses"].items()}
+
+    def save(self, step: int, optimizer: torch.optim.Optimizer, losses: dict[int, list[float]]) -> None:
+        """Keep the state after some steps."""
+        tensors = {}
+        for index, parameter in enumerate(_parameters(optimizer)):
+            tensors[f"{index}.value"] = parameter.detach()
+            of_parameter = optimizer.state[parameter]
+            tensors |= {f"{index}.{name}": of_parameter.get(name, torch.zeros_like(parameter)) for name in _MOMENTS}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_name(f"{self.path.name}.unfinished")
+        state = {"setting": self.setting, "step": step, "losses": losses}
+        save_file(tensors, unfinished, metadata={"state": json.dumps(state)})
+        unfinished.replace(self.path)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+@torch.no_grad()
+def _sums_of_weights(model: nn.Module) -> list[float]:
+    """What tells a model from others of its shapes."""
+    return [float(p.sum(dtype=torch.float32)) for p in model.parameters()]
+
+
 def _train(
     model: PreTrainedModel,
     layers: dict[int, LinearAttention],
@@ -172,29 +232,34 @@ def _train(
     loss: Loss,
     learning_rate: float,
     progress: Callable[[int, float], None] | None,
+    kept: _Kept | None,
 ) -> dict[int, list[float]]:
     """The steps of `attention_transfer`; losses of every layer."""
     parameters = [p for layer in layers.values() for p in layer.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
-    losses: dict[int, list[float]] = {index: [] for index in layers}
+    taken, losses = (0, {}) if kept is None else kept.load(optimizer)
+    losses = losses or {index: [] for index in layers}
     of_step: dict[LinearAttention, float] = {}
+    tokens = 0
 
     def teach(layer: LinearAttention, q: Tensor, k: Tensor, v: Tensor, filled: Tensor | None) -> Tensor:
-        teacher = softmax_log_weights(layer, q, k, filled)
-        y = _weighted(layer, teacher.exp().to(v.dtype), v)
+        y = MODES["softmax"](layer, q, k, v, filled)
         with torch.enable_grad():
             # sequences of other lengths come as further groups of rows: each counts by its tokens
-            value = _loss(layer, q, k, v, filled, teacher, y, loss) * (_tokens(q, filled) / tokens)
+            value = _loss(layer, q, k, v, filled, y, loss) * (_tokens(q, filled) / tokens)
             value.backward()
         of_step[layer] = of_step.get(layer, 0.0) + float(value)
         return y
 
     with replaced_attention(model, dict.fromkeys(layers, teach)):
         for step, batch in enumerate(_repeated(batches, steps), start=1):
+            if step <= taken:
+                continue
             of_step.clear()
             inputs = _inputs(batch, model)
             tokens = _tokens(inputs["input_ids"], inputs.get("attention_mask"))
+            if not tokens:
+                raise ValueError(f"the batch of step {step} has no token that is not masked; leave it out")
             optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
                 model.base_model(**inputs, use_cache=False)
@@ -202,8 +267,11 @@ def _train(
             for index, layer in layers.items():
                 losses[index].append(of_step[layer])
                 nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
             optimizer.step()
-            schedule.step()
+            if kept is not None and (step % SAVE_EVERY == 0 or step == steps):
+                kept.save(step, optimizer, losses)
             if progress is not None:
                 progress(step, sum(of_step.values()) / len(of_step))
     return losses
@@ -215,24 +283,20 @@ def _weighted(layer: LinearAttention, weights: Tensor, v: Tensor) -> Tensor:
 
 
 def _loss(
-    layer: LinearAttention,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    filled: Tensor | None,
-    teacher: Tensor,
-    y: Tensor,
-    kind: Loss,
+    layer: LinearAttention, q: Tensor, k: Tensor, v: Tensor, filled: Tensor | None, y: Tensor, kind: Loss
 ) -> Tensor:
-    """The loss of a layer, as the table says."""
+    """The loss of a layer, as the table says; y are the outputs of softmax attention."""
     window = layer.softmax_window(q, k)
-    branches: list[SoftmaxWindow | None] = [None] if window is None else [None, window]
     features = layer.features(q, k)
     total = features[0].new_zeros(())
-    for branch in branches:
-        if kind in ("weights", "both"):
-            total = total + _divergence(layer, features, branch, filled, teacher) / len(branches)
-        if kind in ("outputs", "both"):
+    if kind in ("weights", "both"):
+        exact = torch.promote_types(q.dtype, torch.float32)
+        teacher = SoftmaxWindow(q.to(exact) * layer.scaling, k, size=1) if window is None else window
+        options = {"log_features": layer.q_map.is_log, "mask": filled, "causal": layer.is_causal}
+        total = total + attention_divergence(*features, teacher, hybrid=window is not None, **options)
+    if kind in ("outputs", "both"):
+        branches = [None] if window is None else [None, window]
+        for branch in branches:
             total = total + _output_error(layer, features, branch, v, filled, y) / len(branches)
     return total
 
@@ -274,8 +338,8 @@ def _output_error(
 
 
 def _tokens(x: Tensor, filled: Tensor | None) -> int:
-    """Tokens of ids (B, n) or heads (R, H, n, P), those of a mask (B, n) where there is one; at least 1."""
-    return max(1, x.shape[0] * x.shape[1 if x.ndim == 2 else 2] if filled is None else int((filled != 0).sum()))
+    """Tokens of ids (B, n) or heads (R, H, n, P), those of a mask (B, n) where there is one."""
+    return x.shape[0] * x.shape[1 if x.ndim == 2 else 2] if filled is None else int((filled != 0).sum())
 
 
 def _mean_of_queries(x: Tensor, filled: Tensor | None) -> Tensor:
