@@ -18,6 +18,7 @@ from benchmarks import (
     bench_mixer,
     generation,
     published,
+    recall,
     report,
     timing,
 )
@@ -25,7 +26,7 @@ from benchmarks.bench_batching import page as batching_page
 from benchmarks.bench_filter import PublishedFilter, package_filter, peak_here, ratio_plot
 from benchmarks.bench_filter import page as filter_page
 from benchmarks.bench_import import cpu_seconds, loaded_modules
-from benchmarks.bench_recall import MODELS, Settings, learning_curves, page, rate_factor, trained
+from benchmarks.bench_recall import MODELS, page
 from benchmarks.generation.models import GPT2, HISTORY, LLAMA, TINY
 
 
@@ -118,22 +119,13 @@ def test_import_cost_counts_what_the_code_burns_and_a_failing_import_is_an_error
 
 
 def test_the_recall_page_tells_a_run_that_missed_the_goal_from_one_that_reached_it():
-    runs = {
-        name: [trained(Settings(name, 1e-3, 1, steps=2, batch_size=4, evaluate_every=1, held_out=5, final=5))]
-        for name in MODELS
-    }
-    assert learning_curves(runs).axes[0].lines
+    sizes = {"steps": 2, "batch_size": 4, "evaluate_every": 1, "held_out": 5, "final": 5}
+    runs = {name: [recall.run(recall.Settings(name, 1e-3, 1, **sizes), fields)] for name, fields in MODELS.items()}
+    assert recall.learning_curves(runs).axes[0].lines
     assert "| Hyena | 0.001 | 1 |" in (text := "\n".join(page(runs, runs)))
     assert "0 of 1" in text
     runs["Hyena"][0].update(accuracy=0.995, reached=1, reached_seconds=2.0)
     assert "1 of 1" in "\n".join(page(runs, runs))
-
-
-def test_the_rate_warms_up_and_ends_at_its_fraction():
-    settings = Settings("Hyena", 1e-3, 1, steps=1000, warmup=100)
-    assert rate_factor(0, settings) == pytest.approx(0.01)
-    assert rate_factor(99, settings) > 0.97
-    assert rate_factor(1000, settings) == pytest.approx(settings.final_rate)
 
 
 def add_up(count: int) -> None:
