@@ -22,6 +22,7 @@ LORA_PARTS: dict[str, tuple[str, ...]] = {
     "attention": ("q_proj", "k_proj", "v_proj", "out_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
 }
+MAPS = "linear_attention"  # what converted attention calls its feature maps and window factor
 _MODULES = {"hyena": HyenaMixer, "attention": HyenaAttention, "mlp": HyenaMLP}
 _PEFT_TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "lm": "CAUSAL_LM"}
 
@@ -54,7 +55,8 @@ def add_lora(model: PreTrainedModel, task: str, rank: int, parts: Sequence[str] 
     """Put LoRA adapters into a model; only they and a classifier's head are trained.
 
     `lora_alpha` is twice the rank, so that the product of the two factors counts double; there is no dropout. A model
-    of another family is adapted in all its linear layers.
+    of another family is adapted in all its linear layers; the feature maps of a converted one (`convert_attention`)
+    are trained whole beside them.
 
     Args:
         model: with its head; changed in place.
@@ -78,8 +80,14 @@ def add_lora(model: PreTrainedModel, task: str, rank: int, parts: Sequence[str] 
     targets: Any = "all-linear"
     if model.config.model_type == "hyena":
         targets = lora_targets(model, parts)
+    whole = [MAPS] if any(name.endswith(f".{MAPS}") for name, _ in model.named_modules()) else None
     config = peft.LoraConfig(
-        task_type=_PEFT_TASKS[task], r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets
+        task_type=_PEFT_TASKS[task],
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules=targets,
+        modules_to_save=whole,
     )
     return peft.get_peft_model(model, config)
 

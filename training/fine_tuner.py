@@ -12,10 +12,11 @@ where an earlier one stopped, however it stopped.
     OUTPUT/result.json      written last: the run is complete
 
 Loss. Of a step: sum of w[y] * -log p[y] over all labels y of the step, of all devices and passes, divided by the sum
-of their w[y]; so it depends neither on how a step is divided nor on where its padding is. Evaluation leaves the
-weights out, so that runs with different ones can be compared; its `loss` is the mean over labels of each batch,
-averaged over batches by their rows. So where rows have different numbers of labels (tasks token and lm) it depends on
-the batch size; the other metrics do not.
+of their w[y]; so it depends neither on how a step is divided nor on where its padding is. Where there is a teacher, it
+is the divergence from its predictions instead (`training.imitation`). Evaluation leaves weights and teacher out, so
+that runs with different ones can be compared; its `loss` is the mean over labels of each batch, averaged over batches
+by their rows. So where rows have different numbers of labels (tasks token and lm) it depends on the batch size; the
+other metrics do not.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from training.data import UNPREDICTED, PackedRows, collate_rows
+from training.imitation import Teacher, divergence_from_teacher, head_of
 from training.metrics import (
     classification_metrics,
     confusion,
@@ -189,13 +191,22 @@ class FineTuner(HyenaTrainer):
         model, args: as for HyenaTrainer.
         recipe: the task, class weights and size of a pass are read from it.
         batches: the whole run.
+        teacher: whose predictions are the targets of training; None: the labels are.
         **kwargs: as for HyenaTrainer.
     """
 
     def __init__(
-        self, model: Any, args: TrainingArguments, *, recipe: FineTuneRecipe, batches: StepBatches, **kwargs: Any
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        recipe: FineTuneRecipe,
+        batches: StepBatches,
+        teacher: Teacher | None = None,
+        **kwargs: Any,
     ) -> None:
         self.recipe, self.batches, self._evaluates = recipe, batches, False
+        self.teacher = teacher
         weights = recipe.class_weights
         self.class_weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
         kwargs.setdefault("callbacks", []).append(DataEpochs(batches))
@@ -220,6 +231,21 @@ class FineTuner(HyenaTrainer):
             with nullcontext() if number == len(passes) else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, part, *args, **kwargs))
         return torch.stack(losses).sum()
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss of a pass; evaluation compares with labels, whatever training does."""
+        if self.teacher is None or self._evaluates:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        predicted = (inputs["labels"][:, 1:] != UNPREDICTED).flatten()
+        total = kwargs.get("num_items_in_batch")
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        wanted, wanted_head = self.teacher(self.accelerator.unwrap_model(model), given)
+        # through the wrapper, which shares gradients among devices; its own logits are of one token
+        states = model(**given, **self._fixed_inputs, logits_to_keep=1, output_hidden_states=True).hidden_states
+        hidden, wanted = (x[:, :-1].flatten(0, 1)[predicted] for x in (states[-1], wanted))
+        head = head_of(unwrap(self.accelerator.unwrap_model(model)))
+        loss = divergence_from_teacher(hidden, head, wanted, wanted_head)
+        return loss / (predicted.sum() if total is None else total).clamp(min=1)
 
     def _targets(self, labels: Tensor) -> Tensor:
         """The labels that bear a loss."""
@@ -306,6 +332,7 @@ def fine_tune(
     recipe: FineTuneRecipe,
     tokenizer: PreTrainedTokenizerBase,
     keep_merged: bool = True,
+    teacher: Teacher | None = None,
 ) -> FineTuneResult:
     """Fine-tune a model, or go on with a run that was interrupted; works under torchrun.
 
@@ -318,6 +345,8 @@ def fine_tune(
         recipe: see `FineTuneRecipe`.
         tokenizer: names the padding token, and is saved with the model.
         keep_merged: whether a LoRA adapter is also saved merged into the model. Otherwise OUTPUT/adapter is all.
+        teacher: for task lm, of `training.imitation`: learn its predictions of the next token instead of the text's. A
+            resumed run has to be given the same.
 
     Raises:
         ValueError: the folder belongs to another run; class weights or stages that do not fit; no padding token.
@@ -327,9 +356,12 @@ def fine_tune(
     """
     output_dir = Path(output_dir)
     _check(model, data, recipe)
-    trainer = _make_trainer(model, data, output_dir, recipe, tokenizer)
+    if teacher is not None and recipe.task != "lm":
+        raise ValueError(f"a teacher is for task lm, not {recipe.task}; leave it out")
+    trainer = _make_trainer(model, data, output_dir, recipe, tokenizer, teacher)
     if trainer.is_world_process_zero():
-        claim(output_dir, _description(model, data, recipe, keep_merged=keep_merged), COMMAND_FILE)
+        this = _description(model, data, recipe, keep_merged=keep_merged)
+        claim(output_dir, this | ({} if teacher is None else {"teacher": type(teacher).__name__}), COMMAND_FILE)
         if not (output_dir / RESULT_FILE).exists():
             _find_best_again(output_dir)
     trainer.accelerator.wait_for_everyone()
@@ -366,7 +398,12 @@ def _check(model: Any, data: FineTuneData, recipe: FineTuneRecipe) -> None:
 
 
 def _make_trainer(
-    model: Any, data: FineTuneData, output_dir: Path, recipe: FineTuneRecipe, tokenizer: PreTrainedTokenizerBase
+    model: Any,
+    data: FineTuneData,
+    output_dir: Path,
+    recipe: FineTuneRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: Teacher | None,
 ) -> FineTuner:
     arguments = TrainingArguments(output_dir=str(output_dir), **_settings(recipe))
     rows = [_cut(data.train, stage.length) for stage in recipe.stages]
@@ -388,6 +425,7 @@ def _make_trainer(
         arguments,
         recipe=recipe,
         batches=batches,
+        teacher=teacher,
         filter_learning_rate=recipe.filter_learning_rate,
         train_dataset=StagedRows(rows),
         eval_dataset=data.validation,

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -448,12 +448,16 @@ def measure_layers(model: PreTrainedModel, batches: Iterable[Any]) -> list[Layer
 
 
 @torch.no_grad()
-def measure_branches(model: PreTrainedModel, batches: Sequence[Any]) -> dict[str, float]:
+def measure_branches(
+    model: PreTrainedModel, batches: Sequence[Any], attentions: Sequence[str] | None = None
+) -> dict[str, float]:
     """Perplexity of next tokens with each attention: softmax, converted, and its branches alone.
 
     Args:
         model: A converted causal language model; of another the result is empty.
         batches: As in `attention_transfer`; masked tokens are neither read nor predicted.
+        attentions: Some of `"softmax"`, `"converted"`, `"window"`, `"linear"`; None: all. One that the model does not
+            have (`"window"` without a window) is left out.
 
     Returns:
         Perplexities by name.
@@ -461,13 +465,14 @@ def measure_branches(model: PreTrainedModel, batches: Sequence[Any]) -> dict[str
     if not model.can_generate():
         return {}
     windows = all(layer.window for layer in linear_attentions(model).values())
+    known = ["softmax", "converted", *(["window"] if windows else []), "linear"]
     was_training = model.training
     model.eval()
+    found = {}
     try:
-        found = {"softmax": math.nan, "converted": _perplexity(model, batches)}
-        for mode in ("softmax", "window", "linear") if windows else ("softmax", "linear"):
-            with attention_mode(model, mode):
-                found[mode] = _perplexity(model, batches)
+        for name in known if attentions is None else [name for name in known if name in attentions]:
+            with nullcontext() if name == "converted" else attention_mode(model, name):  # pyright: ignore (one of MODES)
+                found[name] = _perplexity(model, batches)
     finally:
         model.train(was_training)
     return found
