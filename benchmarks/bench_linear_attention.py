@@ -33,7 +33,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from benchmarks.generation.caches import Decoder, bytes_per_sequence, feed, tokens_for
 from benchmarks.generation.figures import Page, lines_plot, reached
 from benchmarks.report import markdown_table
-from benchmarks.timing import Call, Comparison, Settings, free_memory, ratio_table, run_sections
+from benchmarks.timing import CONTROL, Call, Comparison, Settings, free_memory, ratio_table, run_sections
 from evaluation.exactness.cases import feed as feed_pieces
 from evaluation.exactness.cases import padded_left, padded_right
 from evaluation.exactness.models import VOCABULARY, call, scale
@@ -58,11 +58,11 @@ ROOM = 8
 MEMORY = 14.5e9  # bytes that a cache may take, with the layer that is being copied
 GOAL, GOAL_AT = 5.0, (16, 16_384)
 
-PROMPTS, PROMPT_LAYERS = (512, 2048, 8192), 2  # prefill
+PROMPTS = (512, 2048, 8192)  # prefill
 
-TRANSFER_LENGTHS, TRANSFER_LAYERS = (512, 1024), 3
+TRANSFER_LENGTHS, TRANSFER_LAYERS = (512, 1024), 2
 TRANSFER_GOAL = 2.5
-MEMORY_LAYERS = (2, 8, 30)
+MEMORY_LAYERS = (2, 30)
 
 
 class Source(NamedTuple):
@@ -451,8 +451,8 @@ def goal_lines(found: Mapping[str, Mapping[tuple, Comparison]], at: tuple[int, i
 
 
 def prefill(settings: Settings, source: Source) -> Page:
-    """The first layers over a prompt, with a cache."""
-    base = source.model(PROMPT_LAYERS).requires_grad_(False)
+    """The first layer over a prompt, with a cache."""
+    base = source.model(1).requires_grad_(False)
     models = {"softmax": base, **{name: converted(base, **options) for name, options in WAYS.items()}}
     found = {}
     for length in tqdm((24, 96) if settings.smoke else PROMPTS, desc="prefill"):
@@ -464,7 +464,7 @@ def prefill(settings: Settings, source: Source) -> Page:
         found[(length,)] = settings.compare({name: partial(run, model) for name, model in models.items()})
     lines = [
         "## Prefill",
-        f"A prompt of one row at once, {PROMPT_LAYERS} layers of {source} and the head on the last token, an empty "
+        f"A prompt of one row at once, the first layer of {source} and the head on the last token, an empty "
         f"DynamicCache. Time of the softmax model over that of a converted one:",
         "",
         *ratio_table(["tokens"], found, means=False),
@@ -516,55 +516,47 @@ def prepare_memory(name: str | None, layers: int, kind: str, length: int) -> Cal
 
 
 def times_over(found: Mapping[int, Comparison]) -> list[str]:
-    """Time of a step over that of a forward of the teacher, and whether it is cheap enough."""
-    rows, base = [], next(iter(found.values())).base
-    for name in next(iter(found.values())).seconds:
-        if name == base:
+    """Time of a step over that of a forward of the teacher, and whether it is cheap enough at all lengths."""
+    rows, first = [], next(iter(found.values()))
+    for name in first.seconds:
+        if name == first.base:
             continue
-        # times of the step over the forward: the inverse of what comparisons divide
-        cells = [one.ratio(base, name) for one in found.values()]
-        good = all(cell.median <= TRANSFER_GOAL for cell in cells)
-        mark = "-" if name == "control" else "yes" if good else "no"
-        rows.append((name, *(str(cell) for cell in cells), mark))
+        # comparisons divide the base by a case; this is the inverse
+        ratios = [one.ratio(first.base, name) if name in one.seconds else None for one in found.values()]
+        cheap = all(ratio.median <= TRANSFER_GOAL for ratio in ratios if ratio is not None)
+        shown = f"{first.base} again ({CONTROL})" if name == CONTROL else name
+        mark = "-" if name == CONTROL else "yes" if cheap else "no"
+        rows.append((shown, *("-" if ratio is None else str(ratio) for ratio in ratios), mark))
     return markdown_table(["step", *(f"{n} tokens" for n in found), f"{TRANSFER_GOAL} or less"], rows)
 
 
 def transfer(settings: Settings, source: Source) -> Page:
     """Time of a step by loss, and memory by the number of layers."""
-    lengths, layers = ((16, 24), 2) if settings.smoke else (TRANSFER_LENGTHS, TRANSFER_LAYERS)
-    base = source.model(layers).requires_grad_(False)
+    lengths, counts = ((16, 24), (1, 2)) if settings.smoke else (TRANSFER_LENGTHS, MEMORY_LAYERS)
+    base = source.model(TRANSFER_LAYERS).requires_grad_(False)
     losses: tuple[Loss, ...] = ("weights", "outputs", "both")
-    maps = ("hedgehog", "hedgehog_softmax")
-    found = {
-        n: settings.compare(transfer_cases(base, source.text(n), losses, maps)) for n in tqdm(lengths, desc="transfer")
-    }
-    whole = source.model().requires_grad_(False)
-    full = {
-        n: settings.compare(transfer_cases(whole, source.text(n), ("weights",), ("hedgehog",))) for n in lengths[:1]
-    }
-    counts = (1, 2) if settings.smoke else MEMORY_LAYERS
-    kinds = ("teacher's forward", "step of transfer", "graph through the network")
+    found = {}
+    for length in tqdm(lengths, desc="transfer"):
+        some = losses if length == lengths[0] else losses[:1]
+        cases = transfer_cases(base, source.text(length), some, ("hedgehog", "hedgehog_softmax"))
+        found[length] = settings.compare(cases)
     peaks = []
-    for kind in tqdm(kinds, desc="memory"):
+    for kind in tqdm(("teacher's forward", "step of transfer", "graph through the network"), desc="memory"):
         cells = [settings.peak_memory(prepare_memory, source.name, n, kind, lengths[0]) for n in counts]
         peaks.append((kind, *("-" if cell is None else f"{cell.mebibytes:.0f}" for cell in cells)))
-    times = ", ".join(f"{n}: {one.milliseconds(one.base):.3g} ms" for n, one in found.items())
+    times = ", ".join(f"{one.milliseconds(one.base):.3g} ms at {n} tokens" for n, one in found.items())
     lines = [
         "## Transfer",
-        f"One step of `attention_transfer`, optimizer included, one row of text; time over that of a forward of the "
-        f"teacher without its head ({times}). {layers} layers of {source}, all converted:",
+        f"One step of `attention_transfer` with its optimizer, one row of text, {TRANSFER_LAYERS} layers of {source}, "
+        f"all converted; time over that of a forward of the teacher without its head ({times}):",
         "",
         *times_over(found),
         "",
-        f"All {whole.config.num_hidden_layers} layers:",
+        f"Peak memory above weights and inputs, MiB, {lengths[0]} tokens, window {WINDOW}, by number of layers, all "
+        f"converted, each in a fresh process. A step holds gradients and moments of its maps, "
+        f"{map_bytes(base) / 2**20:.2f} MiB a layer:",
         "",
-        *times_over(full),
-        "",
-        f"Peak memory above weights and inputs, MiB, {lengths[0]} tokens, window {WINDOW}, by layers, all converted, "
-        f"in a fresh process. Gradients and moments of the maps, {map_bytes(whole) / 2**20:.2f} MiB a layer, are part "
-        f"of a step:",
-        "",
-        *markdown_table(["", *map(str, counts)], peaks),
+        *markdown_table(["call", *(f"{n} layers" for n in counts)], peaks),
     ]
     return lines, {}
 
