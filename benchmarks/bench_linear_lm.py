@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.report import RESULTS, SMOKE_RESULTS, command_line, markdown_table, write_result
 from benchmarks.training_runs import (
+    MODEL_CODE,
     ROOT,
     Result,
     attention_fields,
@@ -49,10 +50,10 @@ from training.parameter_groups import get_parameter_groups
 
 
 RUNS = ROOT / "runs" / "linear_lm"
-CODE = code_digest("hyena_hf/**/*.py", "training/parameter_groups.py")
+CODE = code_digest(*MODEL_CODE, "training/parameter_groups.py")
 SOFTMAX = "softmax"
 MAPS = ("hedgehog", "hedgehog_softmax", "elu", "cosformer")
-STEPS = 600
+STEPS = 450
 GOAL = 0.99  # of softmax's perplexity over the model's
 SELECTION_SEED, SEEDS = 0, (1, 2, 3)
 SELECTION_SHARE = 3  # a choice of the rate takes one such part of the steps

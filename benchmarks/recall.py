@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from benchmarks.report import markdown_table
-from benchmarks.training_runs import Result, code_digest, kept, rate_factor, seed_curves, spread
+from benchmarks.training_runs import MODEL_CODE, Result, code_digest, kept, rate_factor, seed_curves, spread
 from hyena_hf import HyenaConfig, HyenaForCausalLM
 from training.parameter_groups import get_parameter_groups
 from training.synthetic import next_token_examples, recall_sequences
@@ -33,7 +33,7 @@ HELD_OUT, FINAL = 1000, 10000  # sequences of the learning curve, and others tha
 SELECTION_SEED, SEEDS = 0, (1, 2, 3)
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 DATA_SEED = 1000  # training sequences of seed s come from [DATA_SEED, s]; held-out ones from DATA_SEED alone
-CODE = code_digest("hyena_hf/**/*.py", "training/parameter_groups.py", "training/synthetic.py")
+CODE = code_digest(*MODEL_CODE, "training/parameter_groups.py", "training/synthetic.py")
 
 SIZES = {
     "vocab_size": TASK["vocab_size"],
@@ -199,12 +199,13 @@ def summary_table(results: Mapping[str, list[Result]], base: str | None = None) 
 
 def run_tables(chosen: Mapping[str, list[Result]], results: Mapping[str, list[Result]]) -> list[str]:
     """Every run that is reported, and every one that chose a rate."""
+    steps = next(iter(chosen.values()))[0]["settings"]["steps"]
     return [
         "## Seeds",
         "",
         *_run_table([one for runs in results.values() for one in runs]),
         "",
-        f"## Choice of the learning rate (seed {SELECTION_SEED})",
+        f"## Choice of the learning rate (seed {SELECTION_SEED}, {steps:,} steps)",
         "",
         *_run_table([one for runs in chosen.values() for one in runs]),
     ]

@@ -21,6 +21,8 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 Result = dict[str, Any]
+# what a new model's outputs and gradients depend on
+MODEL_CODE = ("hyena_hf/*.py", "hyena_hf/cache/*.py", "hyena_hf/mixers/*.py", "hyena_hf/ops/**/*.py")
 
 
 def code_digest(*patterns: str) -> str:
