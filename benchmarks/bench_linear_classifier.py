@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import random
 import shutil
 import sys
@@ -43,19 +42,17 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.report import RESULTS, SMOKE_RESULTS, command_line, markdown_table, write_result
+from benchmarks.training_runs import ROOT, code_digest, kept, spread
 from hyena_hf.linear_attention import attention_transfer, convert_attention
 from training.fine_tuner import FineTuneData, FineTuneRecipe, FineTuneResult, fine_tune
 from training.real_data import minilm_folder, read_reviews, reviews_file
-from training.recipe import write_json
 from training.sequences import EncodedSequences, PaddingCollator, encode_sequences
 from training.tasks import Example
 from training.warmup import Stage
 
 
-ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "linear_classifier"
-SOURCES = ("hyena_hf/linear_attention/*.py", "hyena_hf/feature_maps.py", "training/fine_tuner.py")
-CODE = hashlib.sha256(b"".join(p.read_bytes() for pattern in SOURCES for p in sorted(ROOT.glob(pattern)))).hexdigest()
+CODE = code_digest("hyena_hf/linear_attention/*.py", "hyena_hf/feature_maps.py", "training/fine_tuner.py")
 
 SOFTMAX = "softmax"
 # how attention is computed after the further training: arguments of `convert_attention`, None for softmax
@@ -166,7 +163,12 @@ def invented(folder: Path) -> Material:
     set_seed(0)
     letters = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdef"]
     BertTokenizer(vocab={letter: number for number, letter in enumerate(letters)}).save_pretrained(folder)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     BertModel(BertConfig(vocab_size=len(letters), max_position_embeddings=16, **sizes)).save_pretrained(folder)
     rng = random.Random(0)
     labels = [number % 2 for number in range(SMOKE.train + SMOKE.validation + SMOKE.test)]
@@ -198,18 +200,10 @@ class Bench:
 
     def finished(self, name: str, compute: Any) -> dict[str, Any]:
         """What a run gave, from its file if it is there and of the same code, sizes and material."""
-        path = self.folder / f"{name}.json"
         sizes = {key: value for key, value in asdict(self.material.sizes).items() if key not in ("rates", "seeds")}
-        this = {"code": CODE, "material": self.material.digest, "sizes": sizes}
-        if path.exists():
-            found = json.loads(path.read_text())
-            if found["this"] == this:
-                return found["result"]
         print(name, file=sys.stderr, flush=True)
-        result = compute()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"this": this, "result": result})
-        return result
+        made_from = {"code": CODE, "material": self.material.digest, "sizes": sizes}
+        return kept(self.folder / f"{name}.json", made_from, compute)
 
     def base(self, seed: int) -> dict[str, Any]:
         """A classifier of softmax attention; the model is kept."""
@@ -288,9 +282,9 @@ def page(results: dict[str, Any], sizes: Sizes) -> list[str]:
     rows = [
         (
             way,
-            _spread([100 * run["before"] for run in runs.values()], "{:.1f}%"),
-            _spread([100 * run["test"] for run in runs.values()], "{:.1f}%"),
-            _spread([100 * run["test"] / softmax[seed]["test"] for seed, run in runs.items()], "{:.1f}%"),
+            spread([100 * run["before"] for run in runs.values()], "{:.1f}%"),
+            spread([100 * run["test"] for run in runs.values()], "{:.1f}%"),
+            spread([100 * run["test"] / softmax[seed]["test"] for seed, run in runs.items()], "{:.1f}%"),
         )
         for way, runs in results["runs"].items()
     ]
@@ -342,10 +336,6 @@ def _accuracy(result: FineTuneResult) -> float:
     if result.test is None:
         raise ValueError("the run has no test split")
     return result.test["accuracy"]
-
-
-def _spread(values: list[float], form: str) -> str:
-    return f"{form.format(mean(values))} ({form.format(min(values))} to {form.format(max(values))})"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import string
 import sys
 import time
@@ -33,18 +32,16 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTo
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.report import RESULTS, SMOKE_RESULTS, command_line, markdown_table, write_result
+from benchmarks.training_runs import ROOT, code_digest, kept
 from hyena_hf.linear_attention import attention_transfer, convert_attention
 from hyena_hf.linear_attention.modes import linear_attentions
 from hyena_hf.linear_attention.transfer import measure_layers
 from training.embedding_distillation import Agreement, agreement, distil_embeddings, embed, text_chunks
 from training.real_data import jargon_file, minilm_folder, read_text
-from training.recipe import write_json
 
 
-ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "linear_minilm"
-SOURCES = ("hyena_hf/linear_attention/*.py", "hyena_hf/feature_maps.py", "hyena_hf/mixers/linear_attention.py")
-CODE = hashlib.sha256(b"".join(p.read_bytes() for pattern in SOURCES for p in sorted(ROOT.glob(pattern)))).hexdigest()
+CODE = code_digest("hyena_hf/linear_attention/*.py", "hyena_hf/feature_maps.py", "hyena_hf/mixers/linear_attention.py")
 
 LENGTH = 128
 TRANSFER_STEPS = 80
@@ -134,23 +131,28 @@ def divided(teacher: PreTrainedModel, rows: Tensor, sizes: Sizes) -> Material:
     Raises:
         ValueError: The text is too short for all of them.
     """
-    train = len(rows) - sizes.held_out - sizes.validation
-    if train < 1:
+    count = len(rows) - sizes.held_out - sizes.validation
+    if count < 1:
         raise ValueError(
             f"the text has {len(rows)} rows, {sizes.held_out + sizes.validation} are held out; take a longer one"
         )
-    parts = rows.split([train, sizes.validation, sizes.held_out])
-    order = torch.randperm(train, generator=torch.Generator().manual_seed(0))
+    train, validation, held_out = rows.split([count, sizes.validation, sizes.held_out])
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     content = hashlib.sha256(rows.numpy().tobytes())
     for parameter in teacher.parameters():
         content.update(parameter.detach().numpy().tobytes())
-    return Material(teacher, parts[0][order], *parts[1:], content.hexdigest())
+    return Material(teacher, train[order], validation, held_out, content.hexdigest())
 
 
 def invented() -> Material:
     """A tiny encoder with random weights, and random letters."""
     set_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     letters = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.ascii_lowercase]
     tokenizer = BertTokenizer(vocab={letter: number for number, letter in enumerate(letters)})
     words = " ".join(string.ascii_lowercase[i] for i in torch.randint(26, (400,)))
@@ -189,18 +191,10 @@ class Bench:
 
     def finished(self, name: str, compute: Any) -> dict[str, Any]:
         """What a run gave, from its file if it is there and of the same code, sizes and material."""
-        path = self.folder / f"{name}.json"
         sizes = {key: value for key, value in asdict(self.sizes).items() if key != "tuning_steps"}
-        this = {"code": CODE, "material": self.material.digest, "sizes": sizes}
-        if path.exists():
-            found = json.loads(path.read_text())
-            if found["this"] == this:
-                return found["result"]
         print(name, file=sys.stderr, flush=True)
-        result = compute()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"this": this, "result": result})
-        return result
+        made_from = {"code": CODE, "material": self.material.digest, "sizes": sizes}
+        return kept(self.folder / f"{name}.json", made_from, compute)
 
     def start(self, feature_map: str, width: int | None) -> dict[str, Any]:
         """The converted model before any training; compared where there is nothing to train."""

@@ -14,6 +14,8 @@ from benchmarks import (
     bench_forward,
     bench_generate,
     bench_linear_attention,
+    bench_linear_classifier,
+    bench_linear_minilm,
     bench_long_context,
     bench_mixer,
     generation,
@@ -330,3 +332,36 @@ def test_peaks_of_nothing_can_be_drawn():
     """Tiny shapes may fit into memory that is there already."""
     figure = timing.memory_plot({"ours": {64: 0.0}, "theirs": {64: 0.0}}, "Peaks")
     assert figure.axes[0].get_yscale() == "log"
+
+
+def test_the_page_on_a_sentence_encoder_chooses_rates_by_other_rows_and_runs_nothing_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_linear_minilm, "MAPS", (("hedgehog", 4), ("relu", None), ("elu", None)))
+    material, sizes = bench_linear_minilm.invented(), bench_linear_minilm.SMOKE
+    bench = bench_linear_minilm.Bench(material, sizes, tmp_path)
+    results = bench.results()
+    for name, trials in results["chosen"].items():
+        assert trials[results["final"][name]["rate"]]["kl"] == min(trial["kl"] for trial in trials.values())
+    assert results["best"] == max(results["chosen"], key=lambda name: results["final"][name]["after"]["cosine"])
+    rows = [material.train, material.validation, material.held_out]
+    assert len(torch.cat(rows).unique(dim=0)) == sum(map(len, rows))  # no row serves twice
+    monkeypatch.setattr(bench_linear_minilm, "convert_attention", None)
+    assert bench.results() == results
+    lines = bench_linear_minilm.page(results, sizes, material)
+    assert sum(line.startswith("| hedgehog-4 | 8 |") for line in lines) == 1
+    assert any(line.startswith("| elu | 8 | nothing to train |") for line in lines)
+    assert bench_linear_minilm.layers_plot(results).axes[0].lines
+
+
+def test_the_page_on_classifiers_trains_every_way_from_the_same_softmax_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_linear_classifier, "WAYS", {"softmax": None, "elu": {"feature_map": "elu"}})
+    material = bench_linear_classifier.invented(tmp_path / "encoder")
+    bench = bench_linear_classifier.Bench(material, tmp_path / "runs")
+    results = bench.results()
+    base = results["bases"][0]
+    assert results["runs"]["softmax"][0]["before"] == base["validation"]
+    monkeypatch.setattr(bench_linear_classifier, "fine_tune", None)
+    assert bench.results() == results
+    results["runs"]["softmax"][0]["test"], results["runs"]["elu"][0]["test"] = 0.8, 0.6
+    (row,) = (line for line in bench_linear_classifier.page(results, material.sizes) if "75.0% (75.0%" in line)
+    assert row.startswith("| elu |")
+    assert bench_linear_classifier.accuracy_plot(results).axes[0].patches

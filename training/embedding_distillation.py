@@ -93,8 +93,8 @@ def distil_embeddings(
     batches: Iterable[Any],
     *,
     steps: int,
-    learning_rate: float = 3e-4,
-    map_learning_rate: float = 3e-3,
+    learning_rate: float = 1e-4,
+    map_learning_rate: float = 1e-3,
     progress: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Train an encoder in place towards the hidden states and embeddings of its teacher.
