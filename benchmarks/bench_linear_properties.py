@@ -137,8 +137,8 @@ def main() -> None:
 
 def train_here(plan: Plan) -> Subject:
     """A small Llama trained on bytes of the standard library; kept in runs/linear_properties."""
-    text = lm.read_text(plan.teacher_steps * lm.Settings.batch_size * lm.LENGTH)
-    settings = lm.Settings("llama", 4e-3, 0, plan.teacher_steps, looks=1)
+    text = lm.read_text()
+    settings = lm.Settings("llama", 8e-3, 0, plan.teacher_steps, looks=1)
     digest = hashlib.sha256(f"{lm.CODE} {text.digest()} {settings} {lm.SIZES}".encode()).hexdigest()[:16]
     folder = RUNS / digest
     if not (folder / "config.json").exists():

@@ -34,7 +34,7 @@ from hyena_hf.feature_maps import FEATURE_MAPS
 
 
 RUNS = ROOT / "runs" / "linear_recall"
-STEPS, CHOICE_STEPS = 1000, 400  # of a reported run, and at most of one that chooses the rate
+STEPS, CHOICE_STEPS = 2000, 400  # of a reported run, and at most of one that chooses the rate
 SOFTMAX = "softmax"
 MAPS = ("hedgehog", "elu", "cosformer")
 
