@@ -44,7 +44,8 @@ check: $(ENV)  ## formatting, lint, types, import contracts, spelling
 gpu: $(ENV)  ## the tests that need an accelerator, then its benchmarks
 	$(PY) -m pytest -m gpu
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-		$(PY) -m benchmarks.bench_fftconv --only gpu; else echo "make gpu: torch sees no CUDA device"; fi
+		$(PY) -m benchmarks.bench_fftconv --only gpu && $(PY) -m benchmarks.bench_linear_kernel; \
+		else echo "make gpu: torch sees no CUDA device"; fi
 
 bench: $(ENV)  ## every benchmarks/bench_*.py; results go to benchmarks/results
 	@set -e; for bench in $(BENCHES); do echo "$(PY) -m benchmarks.$$bench"; $(PY) -m benchmarks.$$bench; done

@@ -1,18 +1,21 @@
-"""The Triton kernels equal float64 convolutions on a GPU: every dtype, lengths up to a million, gates, gradients.
+"""The Triton kernels equal float64 on a GPU: every dtype, lengths up to a million, gates, states, gradients.
 
 Run: python -m pytest tests/test_triton_gpu.py -q -m gpu
 
-The reference is torch's float64 FFT with autograd, which shares nothing with the kernels. Letters: B batch,
-C channels, H filters, L length, K taps.
+The reference of convolutions is torch's float64 FFT with autograd, that of linear attention its float64 sums; neither
+shares anything with the kernels. Letters: B batch, C channels, H filters, L length, K taps.
 """
 
 import pytest
 import torch
 
+from benchmarks import bench_linear_kernel, timing
 from hyena_hf import HyenaConfig, HyenaForCausalLM
 from hyena_hf.ops import hyena_step as fused
 from hyena_hf.ops.backends import triton as backend
+from hyena_hf.ops.backends import triton_linear
 from hyena_hf.ops.backends.triton import plan_for
+from hyena_hf.ops.linear_attention import SoftmaxWindow, causal_linear_attention
 
 
 pytestmark = [
@@ -131,3 +134,89 @@ def test_a_model_of_modal_filters_generates_as_by_the_formula(kind, monkeypatch)
     found = model.eval().generate(ids, cache_implementation=kind, **options)
     monkeypatch.setattr(fused, "_kernel_serves", lambda *_: False)
     assert torch.equal(found, model.generate(ids, **options))
+
+
+# linear attention
+
+every_form = pytest.mark.parametrize("log", [False, True], ids=["plain", "log"])
+
+
+def make_operands(length, dtype, *, log, heads=6, key_heads=2, features=128, width=64):
+    """Features in float32, as feature maps give them, values, and the queries and keys of a window in dtype."""
+    q, k = (torch.randn(2, n, length, features, device="cuda") for n in (heads, key_heads))
+    if not log:
+        q, k = q.softmax(-1), k.softmax(-1)
+    v = torch.randn(2, key_heads, length, width, device="cuda").to(dtype)
+    query, key = (torch.randn(2, n, length, width, device="cuda").to(dtype) / 8 for n in (heads, key_heads))
+    return [q, k, v, query, key]
+
+
+def attend_linearly(name, operands, *, log, size, mask=None):
+    """The output and all gradients."""
+    leaves = [x.detach().requires_grad_() for x in operands]
+    q, k, v, query, key = leaves
+    window = SoftmaxWindow(query, key, size) if size else None
+    y, _ = causal_linear_attention(q, k, v, log_features=log, window=window, mask=mask, backend=name)
+    direction = torch.randn(y.shape, generator=torch.Generator("cuda").manual_seed(0), device="cuda").to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, leaves if size else leaves[:3], direction, materialize_grads=True)]
+
+
+def distances(found, exact):
+    return [((x.double() - y).norm() / (y.norm().item() or 1)).item() for x, y in zip(found, exact, strict=True)]
+
+
+@every_form
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_linear_attention_passes_its_self_check(dtype, precision, log):
+    torch.set_float32_matmul_precision(precision)  # a fixture of all tests sets it back
+    x = torch.zeros(1, 1, 5, 4, device="cuda")
+    assert triton_linear.refusal(x, x, x.to(dtype), None, log=log) is None
+    assert triton_linear.refusal(x.to(dtype), x.to(dtype), x.to(dtype), None, log=log) is None
+
+
+@every_form
+@pytest.mark.parametrize("size", [0, 64])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("length", [1, 63, 65, 1000, 4096])
+def test_linear_attention_is_at_most_twice_as_far_from_float64_as_by_pytorch(length, dtype, size, log):
+    operands = make_operands(length, dtype, log=log)
+    mask = torch.rand(2, length, device="cuda") > 0.1
+    mask[:, 0] = True
+    exact = attend_linearly("torch", [x.double() for x in operands], log=log, size=size, mask=mask)
+    errors = []
+    for name in ("torch", "triton"):
+        errors.append(distances(attend_linearly(name, operands, log=log, size=size, mask=mask), exact))
+    # exponentials of the kernels are the device's own, a few units of rounding off
+    assert max(errors[1]) <= max(2 * max(errors[0]), 1e-6)
+
+
+@every_form
+@pytest.mark.parametrize(("features", "width"), [(21, 19), (256, 128), (2145, 64)])
+def test_linear_attention_takes_features_and_values_of_any_width(features, width, log):
+    operands = make_operands(300, torch.bfloat16, log=log, heads=3, key_heads=1, features=features, width=width)
+    exact = attend_linearly("torch", [x.double() for x in operands], log=log, size=0)
+    assert max(distances(attend_linearly("triton", operands, log=log, size=0), exact)) <= TOLERANCES[torch.bfloat16]
+
+
+@every_form
+def test_linear_attention_over_a_long_row_in_bfloat16_does_not_drift(log):
+    operands = make_operands(2**17 + 3, torch.bfloat16, log=log, heads=2, key_heads=1)
+    exact = attend_linearly("torch", [x.double() for x in operands], log=log, size=64)
+    found = attend_linearly("triton", operands, log=log, size=64)
+    late = slice(-1000, None)
+    assert max(distances([x[:, :, late] for x in found], [x[:, :, late] for x in exact])) <= TOLERANCES[torch.bfloat16]
+
+
+@every_form
+def test_linear_attention_on_a_gpu_takes_the_kernels_and_the_same_bits_each_time(log):
+    operands = make_operands(1000, torch.bfloat16, log=log)
+    first, second = (attend_linearly(name, operands, log=log, size=64) for name in (None, "triton"))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_every_section_of_the_page_on_linear_attention_runs_on_tiny_shapes():
+    for section in bench_linear_kernel.SECTIONS.values():
+        (heading, *lines), _ = section(timing.Settings(rounds=2, smoke=True))
+        assert heading.startswith("## ")
+        assert sum(line.startswith("| ") for line in lines) > 2

@@ -20,6 +20,9 @@ outputs stay means of values beyond that.
 Sums run in float32 at least, whatever the dtype of the inputs: a normaliser in bfloat16 stops growing. Nothing is
 added to it: a query that sees no key gets 0.
 
+By which backend: `torch` is the formulas below, on every device and in every dtype; `triton` sums chunks in kernels of
+its own, on CUDA devices, and is taken there on its own account where a row is longer than a chunk.
+
 B batch, H query heads, K heads of keys and values (H a multiple of K), n queries, N keys, F features, P head width, G
 query heads of a group (H / K).
 """
@@ -35,6 +38,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .backends import triton_linear
+from .engine import is_traced
+
+
+BACKENDS = ("torch", "triton")
 
 # Queries that meet their nearest keys in one product; the others go through the state.
 CHUNK = 64
@@ -85,7 +93,7 @@ class _Sums(NamedTuple):
     log_scale: Tensor | None
 
 
-def causal_linear_attention(
+def causal_linear_attention(  # noqa: PLR0913 (what is attended to, how, and by whom)
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -95,6 +103,7 @@ def causal_linear_attention(
     mask: Tensor | None = None,
     state: LinearState | None = None,
     chunk_size: int = CHUNK,
+    backend: str | None = None,
 ) -> tuple[Tensor, LinearState]:
     """Linear attention to keys that do not come later, hybrid with a window of softmax attention.
 
@@ -113,17 +122,26 @@ def causal_linear_attention(
         mask: True for the keys that exist (B, N); None: all.
         state: What earlier calls returned.
         chunk_size: Queries at a time; N or more is the parallel form. Results do not depend on it but for rounding.
+            `triton` takes the next power of two, from 16 to 64.
+        backend: One of `BACKENDS`, or None: `triton` on CUDA devices where it serves and n is more than a chunk,
+            `torch` elsewhere and in compiled graphs.
 
     Returns:
         Outputs (B, H, n, P) in the dtype of v, and the state of the first N - window.size + 1 columns (without a
-        window: all).
+        window: all). By `triton` they are differentiable once.
 
     Raises:
-        ValueError: Shapes do not fit together.
+        ValueError: Shapes do not fit together, or the backend does not exist or cannot serve.
     """
     _check(q, k, v, window, mask, state, log_features, chunk_size)
     delay = 0 if window is None else window.size
     groups = q.shape[1] // k.shape[1]
+    if _chosen(backend, q, k, v, state, log_features, chunk_size) == "triton":
+        linear, state = _fused_sums(q, k, v, mask, state, delay, log_features, chunk_size)
+        near = None
+        if window is not None:
+            near = _window_sums(window, with_ones(v, mask), mask, groups, chunk_size, both_sides=False)
+        return _normalised([linear], near, window, groups).to(v.dtype), state
     queries, keys, values = _operands(q, k, v, log_features, mask)
     if state is None:
         state = empty_state(keys, v.shape[-1], log_features=log_features)
@@ -246,7 +264,7 @@ def empty_state(k: Tensor, width: int, *, log_features: bool) -> LinearState:
     shape, exact = (*k.shape[:2], k.shape[3]), _exact(k.dtype)
     sums = torch.zeros(*shape, width + 1, dtype=exact, device=k.device)
     scale = torch.full(shape, _NOTHING, dtype=exact, device=k.device) if log_features else None
-    return LinearState(sums, scale, None if exact == torch.float64 else torch.zeros_like(sums, dtype=torch.bfloat16))
+    return LinearState(sums, scale, None if exact == torch.float64 else torch.zeros_like(sums, dtype=_carry_dtype()))
 
 
 def fold(state: LinearState, k: Tensor, values: Tensor) -> LinearState:
@@ -269,7 +287,12 @@ def _accumulated(state: LinearState, added: Tensor, log_scale: Tensor | None) ->
     added = added - state.carry.to(added.dtype)
     sums = state.sums + added
     carry = (sums.detach() - state.sums.detach()) - added.detach()
-    return LinearState(sums, log_scale, carry.to(torch.bfloat16))
+    return LinearState(sums, log_scale, carry.to(_carry_dtype()))
+
+
+def _carry_dtype() -> torch.dtype:
+    """bfloat16; in exported graphs float32, because ONNX runtimes know few operators on bfloat16."""
+    return torch.float32 if torch.compiler.is_exporting() else torch.bfloat16
 
 
 def with_ones(v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -292,6 +315,52 @@ def _operands(
     if mask is not None:
         k = k.masked_fill(~mask[:, None, :, None], -math.inf if log_features else 0)
     return q, k, values
+
+
+def _chosen(
+    requested: str | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: LinearState | None,
+    log_features: bool,
+    chunk: int,
+) -> str:
+    """The backend that was asked for, after refusing what it cannot serve, or else the one to take."""
+    if requested is not None and requested not in BACKENDS:
+        raise ValueError(
+            f"causal_linear_attention has no backend {requested!r}; choose one of {', '.join(BACKENDS)} or leave it "
+            f"out"
+        )
+    # one chunk alone is a few products, which compilers may fuse with what surrounds them
+    if requested == "torch" or (requested is None and (not q.is_cuda or q.shape[2] <= chunk or is_traced())):
+        return "torch"
+    reason = triton_linear.refusal(q, k, v, None if state is None else state.sums, log=log_features)
+    if reason is None:
+        return "triton"
+    if requested is not None:
+        raise ValueError(f"the backend {requested!r} cannot serve this linear attention: {reason}; leave backend out")
+    return "torch"
+
+
+def _fused_sums(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    state: LinearState | None,
+    delay: int,
+    log_features: bool,
+    chunk: int,
+) -> tuple[_Sums, LinearState]:
+    """`_linear_sums` of operands as they were given, by Triton."""
+    groups = q.shape[1] // k.shape[1]
+    if state is None:
+        state = empty_state(k, v.shape[-1], log_features=log_features)
+    work = triton_linear.Work.of(q, k, v, delay=delay, log=log_features, chunk=chunk)
+    sums, scale, last = triton_linear.linear_sums(q, k, v, mask, triton_linear.State(*state), work)
+    scale = None if scale is None else scale.unflatten(1, (-1, groups)).unsqueeze(-1)
+    return _Sums(sums.unflatten(1, (-1, groups)), scale), LinearState(*last)
 
 
 def _linear_sums(
@@ -492,7 +561,7 @@ def _check(
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not (q.ndim == k.ndim == v.ndim == 4):
         raise ValueError(f"expected q (B, H, n, F), k (B, K, N, F) and v (B, K, N, P), got {shapes}")
-    if k.shape[:3] != v.shape[:3] or len(q) != len(k) or q.shape[3] != k.shape[3] or q.shape[2] > k.shape[2]:
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] > k.shape[2]:
         raise ValueError(
             f"expected q (B, H, n, F), k (B, K, N, F) and v (B, K, N, P) with n at most N, got {shapes}; queries are "
             f"those of the last columns of the keys"
@@ -501,7 +570,7 @@ def _check(
         raise ValueError(f"the query heads ({q.shape[1]}) must be a multiple of the key heads ({k.shape[1]})")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (len(k), k.shape[2])):
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (k.shape[0], k.shape[2])):
         raise ValueError(
             f"mask must be bool of shape {(len(k), k.shape[2])}, one number a key, True for keys that exist, got "
             f"{mask.dtype} {tuple(mask.shape)}"
@@ -545,6 +614,7 @@ def _check_window(window: SoftmaxWindow, q: Tensor, k: Tensor) -> None:
 
 
 __all__ = [
+    "BACKENDS",
     "LinearState",
     "SoftmaxWindow",
     "bidirectional_linear_attention",
