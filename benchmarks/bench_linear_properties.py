@@ -341,7 +341,8 @@ def entropy_plot(found: Found) -> Figure:
             for one in found.get((name, stage), []):
                 color = "0.7" if stage == START else "C0"
                 axes.plot(one.softmax_entropy, one.entropy, ".", color=color, markersize=4)
-        axes.axline((0, 0), slope=1, color="grey", linewidth=0.8)
+        middle = float(found[SOFTMAX, FIXED][0].softmax_entropy.mean())
+        axes.axline((middle, middle), slope=1, color="grey", linewidth=0.8)
         axes.set_title(name, fontsize="small")
     figure.supxlabel("entropy of softmax's weights, nats", fontsize="small")
     figure.supylabel("entropy of the map's weights, nats", fontsize="small")
@@ -349,17 +350,15 @@ def entropy_plot(found: Found) -> Figure:
 
 
 def weights_plot(found: Found) -> Figure:
-    """Weights over scores, a colour for each of a few queries of one head of the middle layer; learned maps trained.
+    """Weights over scores, a colour for each of a few queries of one head of the middle layer.
 
     Softmax's lie on straight lines of slope 1.
     """
-    names = [SOFTMAX, *_names(found)]
-    figure, grid = _panels(len(names))
-    for axes, name in zip(grid, names, strict=False):
-        layers = found.get((name, AFTER)) or found[name, FIXED]
+    figure, grid = _panels(len(found))
+    for axes, ((name, stage), layers) in zip(grid, found.items(), strict=False):
         for scores, logs in layers[len(layers) // 2].drawn:
             axes.plot(scores, logs.clamp(min=-20), ".", markersize=2.5)
-        axes.set_title(name, fontsize="small")
+        axes.set_title(name if stage == FIXED else f"{name}, {stage}", fontsize="small")
     figure.supxlabel("score, q . k / sqrt(P)", fontsize="small")
     figure.supylabel("logarithm of the weight (-20: less)", fontsize="small")
     return figure
