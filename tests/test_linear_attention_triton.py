@@ -191,7 +191,7 @@ def test_results_do_not_depend_on_the_chunk(log, chunk):
 def test_stretches_of_any_length_give_the_same_outputs_states_and_gradients(log, monkeypatch):
     x = make_inputs(61, log=log, heads=1)
     whole = everything(x, "triton", torch.float32, log=log, size=3)
-    monkeypatch.setattr(backend, "_LEAST_STRETCH", 2)
+    monkeypatch.setattr(backend, "_LEAST_STRETCH", 32)
     monkeypatch.setattr(backend, "_PROGRAMS", 1)
     for name, value in everything(x, "triton", torch.float32, log=log, size=3).items():
         assert relative_error(value, whole[name]) <= 3e-7, name
@@ -360,6 +360,15 @@ def test_every_number_is_written_even_into_poisoned_memory(log, monkeypatch):
         assert torch.equal(value, expected[name]), name
 
 
+@every_form
+def test_outputs_without_gradients_are_the_same_bits(log):
+    x = make_inputs(16, log=log)
+    expected, _ = attend(x._replace(q=x.q.clone().requires_grad_()), "triton", log=log)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(attend(x, "triton", log=log)[0], expected)
+
+
 def test_a_second_derivative_is_refused_and_not_wrong():
     x = make_inputs(16, log=False)
     q = x.q.requires_grad_()
@@ -376,7 +385,7 @@ def test_what_belongs_to_chunks_takes_the_same_room_however_long_the_row():
         room = backend._Rooms(work, torch.device("meta"), gradients=True)
         rooms.append(sum(y.numel() for y in vars(room).values()))
         kept = len(work.stretches()) * 128 * 129
-        assert kept <= length * 128 / 100  # a hundredth of the keys
+        assert kept <= length * 128 / 20  # a twentieth of the keys
     assert rooms[0] == rooms[1]
 
 
@@ -475,6 +484,12 @@ def test_tf32_is_taken_where_torch_may_take_it(name, precision):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_self_check_passes(log, dtype):
     assert backend._unsound((torch.float32, torch.float32, dtype), CPU, log, "ieee") is None
+
+
+def test_the_self_check_does_not_depend_on_the_modes_of_the_first_call():
+    with torch.inference_mode(), torch.device("meta"):
+        assert backend._unsound(SINGLE, CPU, False, "ieee") is None
+    UNSOUND.cache_clear()
 
 
 @pytest.mark.parametrize("wrong", ["sums", "gradients"])

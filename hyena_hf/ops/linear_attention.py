@@ -122,7 +122,7 @@ def causal_linear_attention(  # noqa: PLR0913 (what is attended to, how, and by 
         mask: True for the keys that exist (B, N); None: all.
         state: What earlier calls returned.
         chunk_size: Queries at a time; N or more is the parallel form. Results do not depend on it but for rounding.
-            `triton` takes the next power of two, from 16 to 64.
+            `triton` takes the next power of two, from 16 to 64, or to 32 for logarithms.
         backend: One of `BACKENDS`, or None: `triton` on CUDA devices where it serves and n is more than a chunk,
             `torch` elsewhere and in compiled graphs.
 
@@ -333,7 +333,7 @@ def _chosen(
             f"out"
         )
     # one chunk alone is a few products, which compilers may fuse with what surrounds them
-    if requested == "torch" or (requested is None and (not q.is_cuda or q.shape[2] <= chunk or is_traced())):
+    if requested == "torch" or (requested is None and (not q.is_cuda or is_traced() or q.shape[2] <= chunk)):
         return "torch"
     reason = triton_linear.refusal(q, k, v, None if state is None else state.sums, log=log_features)
     if reason is None:

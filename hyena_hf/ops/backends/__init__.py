@@ -7,4 +7,6 @@
 
 `hyena_hf.ops.engine` chooses and calls. `torch` and `blocked` are `fft`; it, `overlap_save` and `matrix` have forms of
 their own. Shapes: u, gates (B, C, L), h (H, K), direct (H,).
+
+Beside them stands `triton_linear`, which sums linear attention for `hyena_hf.ops.linear_attention`.
 """

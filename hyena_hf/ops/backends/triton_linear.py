@@ -56,8 +56,8 @@ _LEAST_CHUNK, _MOST_CHUNK = 16, {False: 64, True: 32}
 # Features and columns of values of a tile.
 _BLOCK = 32
 
-# Chunks of a stretch: no fewer than PyTorch keeps a state for, and enough programs for a large GPU.
-_LEAST_STRETCH, _PROGRAMS = 16, 1024
+# A stretch has no fewer places than PyTorch keeps a state for, and enough programs for a large GPU.
+_LEAST_STRETCH, _PROGRAMS = 1024, 1024
 
 _NOTHING = -1e30  # the logarithm of nothing, as in `hyena_hf.ops.linear_attention`
 
@@ -116,7 +116,7 @@ class Work:
     def stretches(self) -> list[tuple[int, int]]:
         """First chunk and number of chunks of every stretch. Keys that the first query sees are at negative places."""
         first, last = min(0, -self.shift // self.chunk), -(-self.limit // self.chunk)
-        stretch = max(_LEAST_STRETCH, -(-_PROGRAMS // (self.batch * self.key_heads)))
+        stretch = max(_LEAST_STRETCH // self.chunk, -(-_PROGRAMS // (self.batch * self.heads)))
         return [(start, min(stretch, last - start)) for start in range(first, last, stretch)]
 
     def numbers(self) -> dict[str, int | bool | str]:
@@ -356,30 +356,31 @@ def self_check(dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], device: tor
         The error relative to float64 sums over pairs, computed on the CPU from the same rounded inputs. Outputs are
         those in float32, gradients are rounded to the dtypes.
     """
-    random = torch.Generator().manual_seed(0)
-    shapes = (1, 2, 25, 21), (1, 1, 29, 21), (1, 1, 29, 19)
-    q, k, v = (torch.randn(shape, generator=random) for shape in shapes)
-    if not log:
-        q, k = q.softmax(-1), k.softmax(-1)
-    inputs = [x.to(dtype) for x, dtype in zip((q, k, v), dtypes, strict=True)]
-    mask = torch.rand(1, 29, generator=random) > 0.1
-    direction = torch.randn(1, 2, 25, 19, generator=random)
-    work = Work.of(q, k, v, delay=3, log=log, chunk=16)
+    # whatever holds around the first call: no gradients, inference, another default device
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        random = torch.Generator().manual_seed(0)
+        shapes = (1, 2, 70, 37), (1, 1, 74, 37), (1, 1, 74, 19)
+        q, k, v = (torch.randn(shape, generator=random) for shape in shapes)
+        if not log:
+            q, k = q.softmax(-1), k.softmax(-1)
+        inputs = [x.to(dtype) for x, dtype in zip((q, k, v), dtypes, strict=True)]
+        mask = torch.rand(1, 74, generator=random) > 0.1
+        direction = torch.randn(1, 2, 70, 19, generator=random)
+        work = Work.of(q, k, v, delay=3, log=log, chunk=_MOST_CHUNK[log])
 
-    with torch.enable_grad():
         q, k, v = exact = [x.double().requires_grad_() for x in inputs]
         y = _by_pairs(q, k, v, mask, work)
         expected = [y, *torch.autograd.grad((y * direction).sum(), exact)]
 
         q, k, v = there = [x.to(device).requires_grad_() for x in inputs]
-        blank = torch.zeros(1, 1, 21, 20, device=device)
+        blank = torch.zeros(1, 1, 37, 20, dtype=torch.float32, device=device)
         state = State(blank, torch.full_like(blank[..., 0], _NOTHING) if log else None, None)
         sums, _, _ = linear_sums(q, k, v, mask.to(device), state, work)
         total = sums[..., -1:]
         y = sums[..., :-1] / torch.where(total == 0, 1, total)
         found = [y, *torch.autograd.grad((y * direction.to(device)).sum(), there)]
-    errors = [(a.detach().cpu().double() - b).norm() / b.norm() for a, b in zip(found, expected, strict=True)]
-    return torch.stack(errors).max().item()  # a NaN is the maximum
+        errors = [(a.detach().cpu().double() - b).norm() / b.norm() for a, b in zip(found, expected, strict=True)]
+        return torch.stack(errors).max().item()  # a NaN is the maximum
 
 
 _TOLERANCES = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
