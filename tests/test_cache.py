@@ -312,7 +312,7 @@ def check_weights(name, layers, row, columns, sequence, first=0):
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize("name", ["hybrid", "sliding"])
+@pytest.mark.parametrize("name", ["hybrid", "sliding", "hedgehog window"])
 def test_attention_weights_stand_in_the_columns_of_the_batch(name, kind):
     ids, mask = layout(kind)
     out = eager(name)(ids, attention_mask=mask, use_cache=False, output_attentions=True)
@@ -639,3 +639,27 @@ def test_dropout_between_gates_is_at_work_in_steps_of_one_token_too(name):
         model(ids[:, :-1], past_key_values=past)
         drawn = [model(ids[:, -1:], past_key_values=copy.deepcopy(past)).logits for _ in range(4)]
     assert not all(torch.equal(drawn[0], other) for other in drawn[1:])
+
+
+@pytest.mark.parametrize("how", ["dynamic", "static", "recording"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_cache_filled_in_inference_mode_goes_on_outside_with_gradients(name, how):
+    """As transformers' growing caches do: what was made there can neither be written nor kept for a backward pass."""
+    model, ids = copy.deepcopy(model_of(name)).requires_grad_(), tokens(2, 30)
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[1, :4] = 0
+    past = StaticCache(model.config, max_cache_len=32) if how == "static" else DynamicCache(config=model.config)
+    if how == "recording":
+        past.activate_past_recording()
+    parts, start = [], 0
+    for size, inside in ((12, True), (1, True), (1, False), (9, False), (1, True), (1, False), (5, False)):
+        given = {"attention_mask": mask[:, : start + size], "past_key_values": past}
+        with torch.inference_mode(inside):
+            parts.append(model(ids[:, start : start + size], **given).logits)
+        start += size
+    logits = torch.cat([part.detach().clone() for part in parts], dim=1)
+    whole = model(ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(logits[mask.bool()], whole[mask.bool()], rtol=0, atol=1e-10)
+    if how != "static":  # whose past is written in place
+        parts[-1].sum().backward()
+        assert model.model.embed_tokens.weight.grad.isfinite().all()

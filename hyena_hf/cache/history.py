@@ -2,6 +2,7 @@
 """What one operator remembers of its inputs; the rule that all follow stands in `hyena_hf.cache`."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -44,9 +45,20 @@ def check_same(held: Sequence[int], held_dtype: torch.dtype, given: Sequence[int
         )
 
 
-def is_frozen(held: Tensor) -> bool:
-    """Whether a tensor was made in inference mode and may not be written here, outside it."""
-    return not torch.compiler.is_compiling() and held.is_inference() and not torch.is_inference_mode_enabled()
+def thawed(held: Any) -> Any:
+    """What a cache holds, with copies of the tensors in it that were made in inference mode."""
+    if isinstance(held, Tensor):
+        return held.clone() if held.is_inference() else held
+    if isinstance(held, dict):
+        return {key: thawed(value) for key, value in held.items()}
+    if isinstance(held, list):
+        return [thawed(value) for value in held]
+    if isinstance(held, tuple):
+        parts = [thawed(value) for value in held]
+        return type(held)(*parts) if hasattr(held, "_fields") else tuple(parts)
+    if is_dataclass(held) and not isinstance(held, type):
+        return replace(held, **{field.name: thawed(getattr(held, field.name)) for field in fields(held)})
+    return held
 
 
 class History:
@@ -118,8 +130,7 @@ class History:
     def _append(self, w: Tensor) -> None:
         """Write behind the past in place; the buffer doubles when it is full."""
         end = self.used + w.shape[-1]
-        stale = self.buffer is not None and is_frozen(self.buffer)
-        if self.buffer is None or self.buffer.shape[-1] < end or stale:
+        if self.buffer is None or self.buffer.shape[-1] < end:
             room = max(end, self.capacity or 0, 0 if self.buffer is None else 2 * self.used)
             grown = w.new_empty(*w.shape[:2], room)
             if self.buffer is not None:
@@ -133,7 +144,7 @@ class History:
 
         What matrix products leave has another layout, which every step to come would inherit.
         """
-        if self.fixed and self.buffer is not None and not is_frozen(self.buffer):
+        if self.fixed and self.buffer is not None:
             self.buffer.copy_(following)
         else:
             self.buffer = following.contiguous()
@@ -422,4 +433,5 @@ __all__ = [
     "check_same",
     "shift_left",
     "shift_right",
+    "thawed",
 ]

@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 
 from hyena_hf.configuration_hyena import HyenaConfig
 
-from .history import AttentionHistory, History
+from .history import AttentionHistory, History, thawed
 from .plan import Plan
 from .taps import FrozenTaps, Taps
 
@@ -29,6 +29,11 @@ MAX_PENDING = 64
 
 # Taps that a layer of states keeps for the few tokens of a verification; those of a prompt would grow with it.
 KEPT_TAPS = 2 * MAX_PENDING
+
+
+def _in_inference_mode() -> bool:
+    """Whether what is made now can be read only outside; compiled graphs cannot ask and are made for one mode."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
 class HyenaCacheLayer(CacheLayerMixin):
@@ -66,6 +71,7 @@ class HyenaCacheLayer(CacheLayerMixin):
         self.ragged: list[tuple[int, Tensor]] = []
         self.owner: int | None = None
         self.dtype: torch.dtype | None = None  # of the weights that filled it
+        self.from_inference_mode = False  # whether it holds tensors that may only be read outside
         self.is_initialized = False
 
     def attach(
@@ -80,6 +86,8 @@ class HyenaCacheLayer(CacheLayerMixin):
         Taps of a frozen filter are shared by all caches of that time.
         """
         if self.is_initialized:
+            if self.from_inference_mode and not _in_inference_mode():
+                self._thaw()
             return
         self.histories = make(self.max_cache_len, self.expected_length)
         if frozen is not None:
@@ -92,6 +100,12 @@ class HyenaCacheLayer(CacheLayerMixin):
             # tensors, so that a compiled step does not depend on their values
             self.length = torch.zeros((), dtype=torch.long, device=device)
             self.tokens = torch.zeros((), dtype=torch.long, device=device)
+
+    def _thaw(self) -> None:
+        """Go on outside inference mode: tensors made there can neither be written nor kept for gradients."""
+        for holder in (self, self.taps, *self.histories):
+            vars(holder).update(thawed(vars(holder)))
+        self.from_inference_mode = False
 
     def _needs_taps(self) -> bool:
         return any(history.needs_taps for history in self.histories)
@@ -123,6 +137,7 @@ class HyenaCacheLayer(CacheLayerMixin):
             self.length = self.length + columns
         if self.record_past:
             self.recorded.append(columns if mask is None else mask)
+        self.from_inference_mode |= _in_inference_mode()
         if columns > 1 and not self._needs_taps():  # a compiled step is not to look
             self.taps.forget(KEPT_TAPS)
 
@@ -217,6 +232,7 @@ class HyenaCacheLayer(CacheLayerMixin):
             self.tokens = function(self.tokens)
         self.recorded = [part if isinstance(part, int) else function(part) for part in self.recorded]
         self.ragged = [(start, function(mask)) for start, mask in self.ragged]
+        self.from_inference_mode |= _in_inference_mode()
 
     def real_columns(self) -> Tensor:
         """True for the columns of the stream seen so far that held tokens, (B, length)."""

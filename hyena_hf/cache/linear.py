@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hyena_hf.ops.linear_attention import LinearState
 
-from .history import History, is_frozen, shift_right
+from .history import History, shift_right
 
 
 class LinearOperator(Protocol):
@@ -133,7 +133,7 @@ class LinearHistory(History):
     def _replace(self, name: str, tensor: Tensor | None) -> None:
         """Take over a tensor; in place where a compiled step must find it where it was."""
         held = getattr(self, name)
-        if tensor is not None and held is not None and self.fixed and not is_frozen(held):
+        if tensor is not None and held is not None and self.fixed:
             held.copy_(tensor)
         else:
             setattr(self, name, tensor)

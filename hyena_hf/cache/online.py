@@ -101,8 +101,6 @@ class OnlineTiles(ExactHistory):
         if far is None or self.used - self.origin + new > far.shape[-1]:
             far = self._fold(past, new, taps, long_filter, index)
             past = self.past(w)
-        elif far.is_inference() and not torch.is_inference_mode_enabled():
-            self.far = far = far.clone()
         self._add_blocks(past, far, taps, long_filter, index)
         at = self.used - self.origin
         return self._sum_near(past, w, taps, long_filter, index, direct) + far[..., at : at + new]
