@@ -59,7 +59,7 @@ def test_modes_end_with_their_block_and_take_no_cache():
         raise ZeroDivisionError
     assert model(ids).logits.equal(before)
     with attention_mode(model, "softmax"), pytest.raises(ValueError, match="use_cache=False"):
-        model(ids)
+        model(ids, use_cache=True)
     with pytest.raises(ValueError, match="no window"), attention_mode(model, "window"):
         pass
     with pytest.raises(ValueError, match="'soft'"), attention_mode(model, "soft"):

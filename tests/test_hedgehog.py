@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from hyena_hf import HyenaForCausalLM, HyenaForMaskedLM
 from tests.models import HEDGEHOG, model_of, new_model, tokens
 
 
@@ -97,3 +98,44 @@ def test_gradients_through_a_cache_equal_those_of_the_whole(name):
     for key, gradient in gradients[0].items():
         scale = max(1.0, gradient.abs().max().item())
         torch.testing.assert_close(gradients[1][key], gradient, rtol=0, atol=1e-10 * scale, msg=key)
+
+
+@every_map
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_outputs_are_the_values_weighted_by_the_attention_weights_that_are_given(name, is_causal):
+    kind = HyenaForCausalLM if is_causal else HyenaForMaskedLM
+    options = {"attn_implementation": "eager", "is_causal": is_causal, "layer_types": [HEDGEHOG] * 3}
+    model = new_model(name, torch.float64, kind=kind, **options).requires_grad_(False)
+    mixer, seen = model.model.layers[0].mixer, []
+    mixer.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    weights = model(tokens(2, 20), output_attentions=True).attentions[0]
+    hidden, output = seen[0]
+    values = mixer.attention.heads(mixer.v_proj(hidden).mT).repeat_interleave(2, dim=1)
+    mixed = mixer.out_proj((weights @ values).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(mixed, output, rtol=0, atol=1e-11)
+    assert bool(weights.triu(1).any()) is not is_causal
+
+
+def test_attention_weights_over_what_a_cache_has_summed_up_are_refused():
+    model = new_model("hedgehog", attn_implementation="eager")
+    past = model(tokens(1, 9), output_attentions=True).past_key_values
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(tokens(1, 1), past_key_values=past, output_attentions=True)
+
+
+@pytest.mark.parametrize("feature_map", ["cosformer", "exp_2", "hedgehog"])
+def test_in_float32_pieces_are_as_close_to_float64_as_the_whole(feature_map):
+    """Both differ from each other by what either rounds: sharp weights over values of either sign are badly
+    conditioned. A fault of the pieces would show beside the error of the whole."""
+    errors = {"whole": [], "tokens": [], "pieces": []}
+    for seed in range(3):
+        changes = {"layer_types": [HEDGEHOG] * 3, "feature_map": feature_map, "linear_attention_window": 1}
+        model, ids = new_model(seed=seed, **changes).requires_grad_(False), tokens(2, 60, seed=seed)
+        exact = copy.deepcopy(model).double()(ids, use_cache=False).logits
+        for way, sizes in (("tokens", [1] * 60), ("pieces", [17, 1, 34, 8])):
+            logits = feed(model, ids, None, sizes, DynamicCache(config=model.config))
+            errors[way].append((logits.double() - exact).norm() / exact.norm())
+        errors["whole"].append((model(ids, use_cache=False).logits.double() - exact).norm() / exact.norm())
+    mean = {way: float(sum(found)) / len(found) for way, found in errors.items()}
+    assert mean["whole"] < 1e-5
+    assert max(mean.values()) <= 2 * mean["whole"], mean

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -43,11 +43,13 @@ def convert_attention(
         init: Start of learned maps: the identity, or a random rotation of every head, the same for queries and keys.
 
     Returns:
-        A model of its own type (`hedgehog_llama`, ...), in the dtype, mode and on the device of the one given.
+        A model of its own type (`hedgehog_llama`, ...) in the mode and on the device of the one given. Weights keep
+        their dtypes, and are frozen where those given are; maps are in the dtype of the model and can be trained.
 
     Raises:
         TypeError: `model` is no transformers model.
-        ValueError: Its attention is not known, already linear, or quantised; a layer, map or window does not exist.
+        ValueError: Its attention is not known, already linear, or quantised; its weights are offloaded; a layer, map
+            or window does not exist.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"expected a transformers model, got {type(model).__name__}")
@@ -57,17 +59,13 @@ def convert_attention(
     name = _converted_name(model)
     config = _converted_config(model, layers, feature_map, feature_dim, window)
     with no_init_weights():
-        converted = getattr(modeling, name)(config)
-    converted = converted.to(dtype=model.dtype, device=model.device)
-    _initialise(converted, init)
-    missing, unexpected = converted.load_state_dict(model.state_dict(), strict=False)
-    foreign = [key for key in missing if ".linear_attention." not in key] + list(unexpected)
-    if foreign:
-        raise ValueError(
-            f"{type(model).__name__} holds other tensors than transformers' own (first {foreign[:3]}); merge adapters "
-            f"and convert the plain model"
-        )
+        converted = getattr(modeling, name)(config).to(device=model.device)
+    for module in converted.modules():
+        if isinstance(module, modeling.LinearAttention):
+            module.to(dtype=model.dtype)
     converted.tie_weights()
+    _initialise(converted, init)
+    _take_over(converted, model)
     converted.train(model.training)
     if model.can_generate():
         converted.generation_config = copy.deepcopy(model.generation_config)
@@ -97,6 +95,45 @@ def _converted_name(model: PreTrainedModel) -> str:
             "from_pretrained(..., gguf_file=..., quantization_config=GgufConfig(dequantize=True))"
         )
     return ours
+
+
+def _take_over(converted: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Copy every tensor of the model, each in its own dtype, and which of them are trained.
+
+    Frequencies of rotary embeddings are buffers that no file holds and that stay in float32 where weights are loaded
+    in bfloat16; rounded, they would turn distant positions by a wrong angle.
+
+    Raises:
+        ValueError: The model holds other tensors than transformers' own, or some whose values are not there.
+    """
+    theirs, ours = _tensors(model), _tensors(converted)
+    own = [key for key in ours if ".linear_attention." not in key]
+    foreign = sorted(set(own).symmetric_difference(theirs))
+    foreign = foreign or [key for key in own if ours[key].shape != theirs[key].shape]
+    if foreign:
+        raise ValueError(
+            f"{type(model).__name__} holds other tensors than transformers' own (first {foreign[:3]}); merge adapters "
+            f"and convert the plain model"
+        )
+    absent = [key for key in own if theirs[key].is_meta]
+    if absent:
+        raise ValueError(
+            f"the values of {len(absent)} tensors of the model are elsewhere (first {absent[:3]}), on a disk or in "
+            f"the memory of another device; load it without offloading and convert it then"
+        )
+    if len({id(theirs[key]) for key in own}) != len({id(ours[key]) for key in own}):
+        raise ValueError(
+            "embeddings and output weights of the model are apart, but its config says tie_word_embeddings=True, or "
+            "the other way round; set model.config.tie_word_embeddings to what is the case"
+        )
+    for key in own:
+        ours[key].data = theirs[key].detach().clone()
+        ours[key].requires_grad_(theirs[key].requires_grad)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones under each of their names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def _attention_like(model: nn.Module) -> list[str]:

@@ -46,7 +46,13 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from hyena_hf.cache import HyenaCacheLayer
-from hyena_hf.mixers.linear_attention import LinearAttention, attend_in_stream, init_linear_attention
+from hyena_hf.mixers.linear_attention import (
+    LinearAttention,
+    attend_in_stream,
+    init_linear_attention,
+    wants_weights,
+    weights_in_stream,
+)
 from hyena_hf.modeling_hyena import HyenaModel, real_tokens
 from hyena_hf.ops import Segments
 from hyena_hf.ops.segments import build_segments, document_starts
@@ -60,6 +66,7 @@ from .configurations import (
     HedgehogQwen2Config,
     HedgehogQwen3Config,
 )
+from .modes import is_replaced
 
 
 def make_linear_attention(
@@ -86,10 +93,13 @@ def attend(
     v: Tensor,
     segments: Segments | None,
     cache_layer: HyenaCacheLayer | None,
-) -> Tensor:
-    """`attend_in_stream` of queries (B, L, H, P), keys and values (B, L, K, P): (B, L, H P)."""
+    *,
+    weigh: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`attend_in_stream` of queries (B, L, H, P), keys and values (B, L, K, P): (B, L, H P), and weights if asked."""
     stream = torch.cat([x.flatten(2) for x in (q, k, v)], dim=-1)
-    return attend_in_stream(attention, stream, segments, cache_layer)
+    weights = weights_in_stream(attention, stream, segments, cache_layer) if weigh else None
+    return attend_in_stream(attention, stream, segments, cache_layer), weights
 
 
 class _RotaryAttention:
@@ -116,16 +126,18 @@ class _RotaryAttention:
         attention_mask: Tensor | None = None,  # noqa: ARG002 (read where segments are made)
         past_key_values: Cache | None = None,
         segments: Segments | None = None,
+        weigh: bool = False,
         **_: Any,
-    ) -> tuple[Tensor, None]:
-        """(B, L, D) -> (B, L, D), and no weights."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, L, D) -> (B, L, D), and the weights (B, H, L, L) if asked."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (projection(hidden_states).view(shape) for projection in (self.q_proj, self.k_proj, self.v_proj))
         if isinstance(self, Qwen3Attention):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
-        y = attend(self.linear_attention, q, k, v, segments, cache_layer_of(past_key_values, self.layer_idx))
-        return self.o_proj(y), None
+        cache_layer = cache_layer_of(past_key_values, self.layer_idx)
+        y, weights = attend(self.linear_attention, q, k, v, segments, cache_layer, weigh=weigh)
+        return self.o_proj(y), weights
 
 
 class HedgehogLlamaAttention(_RotaryAttention, LlamaAttention):
@@ -162,13 +174,15 @@ class HedgehogGPT2Attention(GPT2Attention):
         past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,  # noqa: ARG002 (read where segments are made)
         segments: Segments | None = None,
+        weigh: bool = False,
         **_: Any,
-    ) -> tuple[Tensor, None]:
-        """(B, L, D) -> (B, L, D), and no weights."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, L, D) -> (B, L, D), and the weights (B, H, L, L) if asked."""
         shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
         q, k, v = (x.view(shape) for x in self.c_attn(hidden_states).split(self.split_size, dim=2))
-        y = attend(self.linear_attention, q, k, v, segments, cache_layer_of(past_key_values, self.layer_idx))
-        return self.resid_dropout(self.c_proj(y.contiguous())), None  # it views its input
+        cache_layer = cache_layer_of(past_key_values, self.layer_idx)
+        y, weights = attend(self.linear_attention, q, k, v, segments, cache_layer, weigh=weigh)
+        return self.resid_dropout(self.c_proj(y.contiguous())), weights  # the projection views its input
 
 
 class HedgehogBertSelfAttention(BertSelfAttention):
@@ -189,12 +203,13 @@ class HedgehogBertSelfAttention(BertSelfAttention):
         attention_mask: Tensor | None = None,  # noqa: ARG002 (read where segments are made)
         past_key_values: Cache | None = None,  # noqa: ARG002 (an encoder has none)
         segments: Segments | None = None,
+        weigh: bool = False,
         **_: Any,
-    ) -> tuple[Tensor, None]:
-        """(B, L, D) -> (B, L, D), and no weights."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, L, D) -> (B, L, D), and the weights (B, H, L, L) if asked."""
         shape = (*hidden_states.shape[:-1], self.num_attention_heads, self.attention_head_size)
         q, k, v = (projection(hidden_states).view(shape) for projection in (self.query, self.key, self.value))
-        return attend(self.linear_attention, q, k, v, segments, None), None
+        return attend(self.linear_attention, q, k, v, segments, None, weigh=weigh)
 
 
 def cache_layer_of(cache: Cache | None, layer_idx: int) -> HyenaCacheLayer | None:
@@ -243,6 +258,12 @@ class _Loaded:
         """The mask as it is: `forward` makes of it what each kind of layer needs."""
         return attention_mask
 
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> Any:
+        """None while the attention is replaced (`attention_mode`): every token then reads all before it again."""
+        if is_replaced(self) and model_kwargs.get("past_key_values") is None:
+            generation_config.use_cache = False
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # pyright: ignore
+
 
 class _Converted(_Loaded):
     """A base model whose converted layers get segments and cache layers."""
@@ -259,7 +280,17 @@ class _Converted(_Loaded):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the stock model; `attention_mask` is 2-D, 1 for real tokens (B, past + L)."""
+        """As the stock model, but for what follows.
+
+        Args:
+            attention_mask: 1 for real tokens (B, past + L). Masked tokens do not exist: the others get the values of
+                the sequence without them, in encoders too.
+            position_ids: Counted without masked tokens where left out. (Stock BERT and a plain forward of stock GPT-2
+                count those as well, so with left padding they differ from the sequence alone; given positions are used
+                as they are.)
+            kwargs: Those of the family. `output_attentions` gives weights of all layers with eager attention; behind
+                tokens in a cache there are none, and it is refused.
+        """
         config = self.config
         stream = input_ids if input_ids is not None else inputs_embeds
         if stream is None or (input_ids is not None and inputs_embeds is not None):
@@ -296,6 +327,7 @@ class _Converted(_Loaded):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             segments=segments,
+            weigh=wants_weights(config, kwargs),  # GPT-2 hands no such option on to its layers
             **({"past_key_values": cache, "use_cache": use_cache} if self._is_decoder() else {}),
             **kwargs,
         )
@@ -322,7 +354,7 @@ class _Converted(_Loaded):
     def _uses_cache(self, use_cache: bool | None) -> bool:
         wanted = self.config.use_cache if use_cache is None else use_cache
         checkpointing = getattr(self, "gradient_checkpointing", False) and getattr(self, "training", False)
-        return bool(wanted) and not checkpointing
+        return bool(wanted) and not checkpointing and not (use_cache is None and is_replaced(self))
 
     def _softmax_mask(
         self, stream: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Cache | None

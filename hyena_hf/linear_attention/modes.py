@@ -2,18 +2,20 @@
 """Run a converted model with another attention: that of its teacher, or one of its two branches alone.
 
     with attention_mode(model, "softmax"):
-        teacher = model(**batch, use_cache=False)
+        teacher = model(**batch)
 
 | mode | attention |
 |---|---|
 | softmax | full softmax attention with the model's projections: the teacher, while these are untrained |
 | window | softmax over the window, without the linear branch |
 | linear | the linear branch alone, over all tokens |
+
+There are no caches meanwhile: `generate` reads everything again for every token.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,11 @@ def linear_attentions(model: nn.Module) -> dict[int, LinearAttention]:
     if not found:
         raise ValueError(f"{type(model).__name__} holds no converted attention; convert it first, convert_attention")
     return found  # pyright: ignore
+
+
+def is_replaced(model: Any) -> bool:
+    """Whether the attention of some layer is computed by another function at the moment."""
+    return any(getattr(module, "replacement", None) is not None for module in model.modules())
 
 
 @contextmanager
@@ -105,7 +112,7 @@ def _softmax(layer: LinearAttention, q: Tensor, k: Tensor, v: Tensor, filled: Te
 
 def _linear(layer: LinearAttention, q: Tensor, k: Tensor, v: Tensor, filled: Tensor | None) -> Tensor:
     features = layer.features(q, k)
-    options = {"log_features": layer.q_map.is_log, "mask": filled}
+    options = {"log_features": layer.is_log, "mask": filled}
     if layer.is_causal:
         return causal_linear_attention(*features, v, **options)[0]
     return bidirectional_linear_attention(*features, v, **options)
@@ -122,4 +129,11 @@ def _window(layer: LinearAttention, q: Tensor, k: Tensor, v: Tensor, filled: Ten
 
 MODES: dict[str, Replacement] = {"softmax": _softmax, "window": _window, "linear": _linear}
 
-__all__ = ["attention_mode", "linear_attentions", "replaced_attention", "softmax_log_weights", "visible_keys"]
+__all__ = [
+    "attention_mode",
+    "is_replaced",
+    "linear_attentions",
+    "replaced_attention",
+    "softmax_log_weights",
+    "visible_keys",
+]

@@ -7,8 +7,8 @@ from hyena_hf.cache import HyenaCacheLayer
 from hyena_hf.configuration_hyena import HyenaConfig
 from hyena_hf.ops import Segments
 
-from .attention import HeadProjections
-from .linear_attention import LinearAttention, attend_in_stream
+from .attention import AttentionWeights, HeadProjections
+from .linear_attention import LinearAttention, attend_in_stream, wants_weights, weights_in_stream
 
 
 class HedgehogMixer(HeadProjections):
@@ -21,6 +21,7 @@ class HedgehogMixer(HeadProjections):
 
     def __init__(self, config: HyenaConfig, layer_idx: int) -> None:  # noqa: ARG002 (one interface)
         super().__init__(config)
+        self.config, self.weights = config, AttentionWeights()
         self.attention = LinearAttention(
             num_heads=self.num_heads,
             num_key_value_heads=self.num_key_value_heads,
@@ -39,7 +40,7 @@ class HedgehogMixer(HeadProjections):
         segments: Segments | None = None,
         cache_layer: HyenaCacheLayer | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **_,
+        **kwargs,
     ) -> Tensor:
         """Attend to tokens of the same sequence.
 
@@ -48,11 +49,14 @@ class HedgehogMixer(HeadProjections):
             segments: How the batch divides into sequences; None for a dense batch.
             cache_layer: What this layer remembers of earlier calls, or None.
             position_embeddings: Cosine and sine (B, L, head_dim).
+            kwargs: Only `output_attentions` is read.
 
         Returns:
             (B, L, D).
         """
         stream = self.project(hidden_states, position_embeddings)
+        if wants_weights(self.config, kwargs):
+            self.weights(weights_in_stream(self.attention, stream, segments, cache_layer))
         return self.out_proj(attend_in_stream(self.attention, stream, segments, cache_layer))
 
 

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from transformers import initialization as init
 from hyena_hf.cache import HyenaCacheLayer, LinearHistory
 from hyena_hf.feature_maps import LearnedMap, PerformerMap, make_feature_map
 from hyena_hf.ops import Segments, over_rows
+from hyena_hf.ops.attention_weights import weights_without_past
 from hyena_hf.ops.linear_attention import (
     LinearState,
     SoftmaxWindow,
@@ -18,6 +20,7 @@ from hyena_hf.ops.linear_attention import (
     causal_linear_attention,
     empty_state,
     fold,
+    linear_attention_weights,
     with_ones,
 )
 from hyena_hf.ops.segments import filled_cells, zero_behind
@@ -60,6 +63,8 @@ class LinearAttention(nn.Module):
         self.window, self.scaling, self.is_causal = window, scaling, is_causal
         self.q_map = make_feature_map(feature_map, num_heads, head_dim, feature_dim, max_length)
         self.k_map = make_feature_map(feature_map, num_key_value_heads, head_dim, feature_dim, max_length)
+        # asked of the maps here, because adapters may wrap them
+        self.is_log, self.sums_exponentials = self.q_map.is_log, self.q_map.sums_exponentials
         self.window_factor = nn.Parameter(self.initial_window_factor()) if window else None
         self.replacement: Replacement | None = None  # see `hyena_hf.linear_attention.modes`
 
@@ -82,7 +87,7 @@ class LinearAttention(nn.Module):
             self.query_features(query, first),
             self.k_map(key, positions),
             value,
-            log_features=self.q_map.is_log,
+            log_features=self.is_log,
             window=self.softmax_window(query, key),
             mask=filled,
             state=state,
@@ -95,11 +100,24 @@ class LinearAttention(nn.Module):
         y = bidirectional_linear_attention(
             *self.features(query, key),
             value,
-            log_features=self.q_map.is_log,
+            log_features=self.is_log,
             window=self.softmax_window(query, key),
             mask=filled,
         )
         return y.transpose(2, 3).flatten(1, 2)
+
+    def weights(self, query: Tensor, key: Tensor, filled: Tensor | None) -> Tensor:
+        """Weights of whole rows of queries (R, H, n, P) on keys (R, K, n, P), of those that are filled (R, n)."""
+        if self.replacement is not None:  # its output for values that pick one key each
+            eye = torch.eye(key.shape[2], dtype=query.dtype, device=query.device).expand(*key.shape[:3], -1)
+            return self.replacement(self, query, key, eye, filled)
+        return linear_attention_weights(
+            *self.features(query, key),
+            log_features=self.is_log,
+            window=self.softmax_window(query, key),
+            mask=filled,
+            causal=self.is_causal,
+        ).to(query.dtype)
 
     def fold(self, kv: Tensor, filled: Tensor | None, state: LinearState | None, positions: Tensor) -> LinearState:
         """The state with columns added, as `LinearOperator` says."""
@@ -108,10 +126,10 @@ class LinearAttention(nn.Module):
         exact = torch.promote_types(features.dtype, values.dtype)
         features, values = features.to(exact), values.to(exact)
         if filled is not None:
-            nothing = -math.inf if self.k_map.is_log else 0.0
+            nothing = -math.inf if self.is_log else 0.0
             features = features.masked_fill(~filled[:, None, :, None], nothing)
         if state is None:
-            state = empty_state(features, self.head_dim, log_features=self.k_map.is_log)
+            state = empty_state(features, self.head_dim, log_features=self.is_log)
         return fold(state, features, values)
 
     def softmax_window(self, query: Tensor, key: Tensor) -> SoftmaxWindow | None:
@@ -134,9 +152,9 @@ class LinearAttention(nn.Module):
         weight is the mean of F products then, as large as exp(score) is for small scores, instead of F times that.
         """
         features = self.q_map(q, positions)
-        if self.window_factor is None or not self.q_map.sums_exponentials:
+        if self.window_factor is None or not self.sums_exponentials:
             return features
-        return features - math.log(self.q_map.num_features)
+        return features - math.log(features.shape[-1])
 
     def heads(self, x: Tensor) -> Tensor:
         """Channels (B, H P, n) as heads (B, H, n, P)."""
@@ -184,6 +202,44 @@ def attend_in_stream(
     return over_rows(segments, causal, stream)
 
 
+def weights_in_stream(
+    attention: LinearAttention, stream: Tensor, segments: Segments | None, cache_layer: HyenaCacheLayer | None
+) -> Tensor:
+    """The weights with which `attend_in_stream` takes the mean of values; to be called before it.
+
+    They take O(L^2 F) time and O(L^2) memory, which the attention itself does not.
+
+    Args:
+        attention, stream, segments, cache_layer: As there.
+
+    Returns:
+        (B, H, L, L), or (B, H, L, S) with a static cache of S tokens; zero for masked tokens.
+
+    Raises:
+        ValueError: The cache holds earlier tokens.
+    """
+    if cache_layer is not None and int(torch.as_tensor(cache_layer.get_seq_length()).max()) > 0:
+        raise ValueError(
+            "linear attention remembers the sum of earlier keys and values, so there are no weights over each of "
+            "them; for output_attentions=True give the whole sequence at once, with use_cache=False"
+        )
+    queries, keys = (heads * attention.head_dim for heads in (attention.num_heads, attention.num_key_value_heads))
+    parts: list[Tensor] = []
+
+    def weigh(rows: Tensor, counts: Tensor | None) -> Tensor:
+        x = zero_behind(rows.transpose(1, 2), counts)
+        filled = None if counts is None else filled_cells(x.shape[-1], counts)
+        q, k = (attention.heads(part) for part in (x[:, :queries], x[:, queries : queries + keys]))
+        parts.append(attention.weights(q, k, filled))
+        return rows
+
+    batch, length = stream.shape[:2]
+    over_rows(segments, weigh, stream)
+    weights = weights_without_past(parts, segments, batch, length)
+    capacity = None if cache_layer is None else cache_layer.max_cache_len
+    return weights if capacity is None else nn.functional.pad(weights, (0, capacity - length))
+
+
 def init_linear_attention(module: nn.Module) -> bool:
     """Initialise a module of linear attention, as `_init_weights` of a model does; False for any other."""
     if isinstance(module, LinearAttention):
@@ -199,4 +255,10 @@ def init_linear_attention(module: nn.Module) -> bool:
     return True
 
 
-__all__ = ["LinearAttention", "attend_in_stream", "init_linear_attention"]
+def wants_weights(config: Any, options: dict) -> bool:
+    """Whether a call with these options is to give attention weights: as in transformers, eager attention does."""
+    asked = options.get("output_attentions", config.output_attentions)
+    return bool(asked) and config._attn_implementation == "eager"
+
+
+__all__ = ["LinearAttention", "attend_in_stream", "init_linear_attention", "wants_weights", "weights_in_stream"]
