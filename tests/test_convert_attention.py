@@ -409,7 +409,7 @@ def test_attention_weights_of_a_mode_are_those_of_the_mode():
     with attention_mode(model, "softmax"):
         layers = model(ids, output_attentions=True).attentions
     for ours, theirs in zip(layers, teacher(ids, output_attentions=True).attentions, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # those of eager attention are of float32
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("mode", ["softmax", "window", "linear"])
@@ -633,6 +633,23 @@ def test_a_cache_of_another_model_is_refused():
         converted("llama", "pure")(tokens(1, 1), past_key_values=past)
     with pytest.raises(ValueError, match="another model"):
         model(tokens(1, 5), past_key_values=DynamicCache(config=stock("llama").config))
+    for rows in (2, 3):
+        with pytest.raises(ValueError, match=f"holds 1 sequences but the batch has {rows}.*repeat_interleave"):
+            model(tokens(rows, 1), past_key_values=past)
+
+
+@every_family
+def test_inputs_that_are_none_are_refused(family):
+    model, ids = converted(family, "pure"), tokens(1, 5)
+    for inputs, message in (
+        ({}, "neither"),
+        ({"input_ids": ids, "inputs_embeds": torch.zeros(1, 5, 32)}, "both"),
+        ({"input_ids": ids[:, :0]}, "empty input"),
+        ({"input_ids": ids[:0]}, "empty input"),
+        ({"input_ids": ids + VOCABULARY}, "outside the vocabulary"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**inputs)
 
 
 # adapters

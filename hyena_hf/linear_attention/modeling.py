@@ -53,7 +53,7 @@ from hyena_hf.mixers.linear_attention import (
     wants_weights,
     weights_in_stream,
 )
-from hyena_hf.modeling_hyena import HyenaModel, real_tokens
+from hyena_hf.modeling_hyena import HyenaModel, check_stream, real_tokens
 from hyena_hf.ops import Segments
 from hyena_hf.ops.segments import build_segments, document_starts
 
@@ -292,10 +292,8 @@ class _Converted(_Loaded):
                 tokens in a cache there are none, and it is refused.
         """
         config = self.config
-        stream = input_ids if input_ids is not None else inputs_embeds
-        if stream is None or (input_ids is not None and inputs_embeds is not None):
-            raise ValueError("pass input_ids or inputs_embeds, exactly one of them")
-        batch, length = stream.shape[:2]
+        batch, length, device = check_stream(input_ids, inputs_embeds, config)
+        stream: Any = input_ids if input_ids is not None else inputs_embeds
         cache, layers = past_key_values, []
         packed = (
             cache is None
@@ -313,13 +311,13 @@ class _Converted(_Loaded):
         if use_cache and cache is None:
             cache = DynamicCache(config=config)
         if cache is not None:
-            layers = _layers_of(cache, config, id(self))
+            layers = _layers_of(cache, config, id(self), batch)
         first = layers[0] if layers else None
         mask = real_tokens(attention_mask, batch, length, 0 if first is None else first.get_seq_length())
         segments = build_segments(mask, starts, cached=first is not None)
         self._check_distances(first, length if segments is None else segments.max_length)
         if position_ids is None:
-            position_ids = HyenaModel._positions(first, segments, length, stream.device)
+            position_ids = HyenaModel._positions(first, segments, length, device)
         output = super().forward(  # pyright: ignore (the stock class stands behind)
             # GPT-2 views what a chunked prefill slices
             input_ids=None if input_ids is None else input_ids.contiguous(),
@@ -379,12 +377,12 @@ class _Converted(_Loaded):
         return masks
 
 
-def _layers_of(cache: Cache, config: Any, owner: int) -> list[HyenaCacheLayer]:
+def _layers_of(cache: Cache, config: Any, owner: int, batch: int) -> list[HyenaCacheLayer]:
     """The layers of a cache that belong to converted layers; an empty cache without a config gets its layers here.
 
     Raises:
         TypeError: It is no transformers cache.
-        ValueError: It was made for another model.
+        ValueError: It was made for another model, or for another number of sequences.
     """
     if not isinstance(cache, Cache):
         raise TypeError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}; use DynamicCache")
@@ -402,6 +400,12 @@ def _layers_of(cache: Cache, config: Any, owner: int) -> list[HyenaCacheLayer]:
         raise ValueError("the cache was made for another model; build one with DynamicCache(config=model.config)")
     if any(layer.is_initialized and layer.owner != owner for layer in known):
         raise ValueError("the cache was filled by another model; start with an empty one for each model")
+    held = {layer.batch_size for layer in known if layer.is_initialized}
+    if held and held != {batch}:
+        raise ValueError(
+            f"the cache holds {min(held)} sequences but the batch has {batch}; use batch_select_indices or "
+            f"batch_repeat_interleave, or start with an empty cache"
+        )
     return known
 
 
