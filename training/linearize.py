@@ -44,7 +44,7 @@ import hyena_hf  # noqa: F401  registers the Auto classes
 from hyena_hf.feature_maps import FEATURE_MAPS
 from hyena_hf.linear_attention import TransferReport, attention_transfer, convert_attention
 from hyena_hf.linear_attention.modes import linear_attentions
-from hyena_hf.linear_attention.transfer import measure_branches
+from hyena_hf.linear_attention.transfer import measure_branches, measure_layers
 from training.adapters import add_lora
 from training.data import PackedRows, collate_rows, module_name, pack_documents, read_documents, split_documents
 from training.data import stdlib_documents as standard_library
@@ -94,7 +94,7 @@ def _add_conversion_flags(parser: argparse.ArgumentParser) -> None:
     add("--feature-dim", type=int, help="outputs of a learned map; default: the width of a head")
     add("--layers", type=int, nargs="+", help="indices of the layers to convert; default: all")
     add("--batch-size", type=int, default=2, help="rows in a step (default %(default)s)")
-    add("--transfer-steps", type=int, default=50, help="of attention transfer (default %(default)s)")
+    add("--transfer-steps", type=int, default=50, help="of attention transfer; 0: none (default %(default)s)")
     add("--transfer-loss", choices=["weights", "outputs", "both"], default="weights", help="default %(default)s")
     add("--transfer-learning-rate", type=float, default=1e-2, help="default %(default)s")
     add("--steps", type=int, default=500, help="of further training; 0: none (default %(default)s)")
@@ -165,9 +165,15 @@ def linearize(
     """
     output = options.output
     this = {key: value for key, value in vars(options).items() if key not in ("output", "evaluate_every")}
+    # what cannot be converted is refused before the folder is taken
+    converted = None if (output / COMMAND).exists() else _convert(model, options)
     claim(output, this | {"train_digest": train_rows.digest()}, COMMAND)
     report = _Report(output / REPORT, held_out, options.batch_size)
-    converted = _converted(model, tokenizer, train_rows, held_out["validation"], options)
+    if not (output / "converted").exists():
+        converted = converted or _convert(model, options)
+        _transfer(converted, tokenizer, train_rows, held_out["validation"], options)
+    # from there in any case: its name is what an adapter remembers
+    converted = AutoModelForCausalLM.from_pretrained(output / "converted", dtype=DTYPES[options.dtype])
     report.add("layers", json.loads((output / "converted" / "transfer.json").read_text())["layers"])
     report.measure("transferred", converted, ("softmax", "converted", "window", "linear"))
     if options.steps:
@@ -218,45 +224,40 @@ class _Batches:
         yield from map(collate_rows, _batches(self.rows, self.order, self.size))
 
 
-def _converted(
-    model: Any, tokenizer: Any, train_rows: PackedRows, validation: PackedRows, options: argparse.Namespace
-) -> Any:
-    """The converted model after attention transfer, from OUTPUT/converted; made there first if it is missing."""
-    folder = options.output / "converted"
-    if not folder.exists():
-        _transfer(model, tokenizer, train_rows, validation, options)
-    # from there in any case: its name is what an adapter remembers
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[options.dtype])
-
-
-def _transfer(
-    model: Any, tokenizer: Any, train_rows: PackedRows, validation: PackedRows, options: argparse.Namespace
-) -> None:
-    torch.manual_seed(options.seed)
-    converted: Any = convert_attention(
+def _convert(model: Any, options: argparse.Namespace) -> Any:
+    return convert_attention(
         model,
         layers=options.layers or "all",
         feature_map=options.feature_map,
         feature_dim=options.feature_dim,
         window=options.window,
     )
-    with tqdm(total=options.transfer_steps, desc="attention transfer", unit="step", disable=None) as bar:
 
-        def show(step: int, loss: float) -> None:
-            bar.update(step - bar.n)
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
-        held_out = [collate_rows(part) for part in _batches(validation, range(min(8, len(validation))), 1)]
-        report = attention_transfer(
-            converted,
-            _Batches(train_rows, options.batch_size, options.seed),
-            steps=options.transfer_steps,
-            loss=options.transfer_loss,
-            learning_rate=options.transfer_learning_rate,
-            held_out=held_out,
-            progress=show,
-            work_dir=options.output / "transfer",
-        )
+def _transfer(
+    converted: Any, tokenizer: Any, train_rows: PackedRows, validation: PackedRows, options: argparse.Namespace
+) -> None:
+    """Attention transfer of a converted model, which goes to OUTPUT/converted."""
+    held_out = [collate_rows(part) for part in _batches(validation, range(min(8, len(validation))), 1)]
+    if options.transfer_steps:
+        with tqdm(total=options.transfer_steps, desc="attention transfer", unit="step", disable=None) as bar:
+
+            def show(step: int, loss: float) -> None:
+                bar.update(step - bar.n)
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+
+            report = attention_transfer(
+                converted,
+                _Batches(train_rows, options.batch_size, options.seed),
+                steps=options.transfer_steps,
+                loss=options.transfer_loss,
+                learning_rate=options.transfer_learning_rate,
+                held_out=held_out,
+                progress=show,
+                work_dir=options.output / "transfer",
+            )
+    else:
+        report = TransferReport(0, {}, measure_layers(converted, held_out))
     staged = options.output / STAGING / "converted"
     shutil.rmtree(staged.parent, ignore_errors=True)
     converted.save_pretrained(staged)
