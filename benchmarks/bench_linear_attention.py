@@ -459,6 +459,8 @@ def goal_lines(found: Mapping[str, Mapping[tuple, Comparison]], at: tuple[int, i
             if at in comparisons:
                 ratio = comparisons[at].ratio(name)
                 rows.append((kind, name, str(ratio), GOAL, reached(ratio, GOAL)))
+    if not rows:
+        return [f"The goal stands at batch {at[0]}, context {at[1]}, for which there was not the memory."]
     head = ["theirs", "ours", "ratio", "goal", "reached"]
     return [f"Goal at batch {at[0]}, context {at[1]}:", "", *markdown_table(head, rows)]
 
