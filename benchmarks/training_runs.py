@@ -7,6 +7,7 @@ Each model's learning rate is the best with a seed of its own; the reported runs
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
@@ -18,9 +19,12 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from hyena_hf.feature_maps import FEATURE_MAPS
+
 
 ROOT = Path(__file__).parents[1]
 Result = dict[str, Any]
+WINDOW = ", window "  # between a feature map and the tokens beside it that keep softmax attention
 # what a new model's outputs and gradients depend on
 MODEL_CODE = ("hyena_hf/*.py", "hyena_hf/cache/*.py", "hyena_hf/mixers/*.py", "hyena_hf/ops/**/*.py")
 
@@ -84,11 +88,29 @@ def rate_factor(step: int, *, steps: int, warmup: int, final_rate: float) -> flo
     return min(1.0, (step + 1) / warmup) * (final_rate + (1 - final_rate) * cosine)
 
 
+def known_kind(kind: str) -> str:
+    """A kind of linear attention that `attention_fields` knows, for argparse."""
+    name, _, window = kind.partition(WINDOW)
+    if name not in FEATURE_MAPS or (window and not window.isdecimal()):
+        raise argparse.ArgumentTypeError(
+            f"{kind!r} is no feature map (one of {', '.join(FEATURE_MAPS)}), also with '{WINDOW}N'"
+        )
+    return kind
+
+
 def attention_fields(kind: str, layers: int) -> dict[str, Any]:
-    """Config fields of a model of attention alone: `"softmax"`, or linear attention by the name of its feature map."""
+    """Config fields of a model of attention alone.
+
+    Args:
+        kind: `"softmax"`; linear attention by the name of its feature map; or `"hedgehog, window 16"`, such a map
+            beside softmax attention to the nearest tokens.
+        layers: Number of them.
+    """
     if kind == "softmax":
         return {"layer_types": ["full_attention"] * layers}
-    return {"layer_types": ["hedgehog"] * layers, "feature_map": kind}
+    name, _, window = kind.partition(WINDOW)
+    fields = {"layer_types": ["hedgehog"] * layers, "feature_map": name}
+    return {**fields, "linear_attention_window": int(window)} if window else fields
 
 
 def spread(values: Sequence[float], form: str) -> str:

@@ -1,5 +1,7 @@
 """The benchmarks of linear attention from scratch and of its properties: what their numbers are, and whose."""
 
+import argparse
+
 import pytest
 import torch
 from scipy import stats
@@ -55,12 +57,23 @@ def test_a_finished_run_is_repeated_only_when_something_that_it_was_made_from_ha
     assert result == {"code": "new", "value": 2}
 
 
+def test_a_kind_of_attention_names_its_map_and_its_window():
+    assert training_runs.attention_fields(training_runs.known_kind("elu"), 1) == {
+        "layer_types": ["hedgehog"],
+        "feature_map": "elu",
+    }
+    assert training_runs.attention_fields("hedgehog, window 16", 1)["linear_attention_window"] == 16
+    for wrong in ("softmax", "hedgehog, window x", "hedgehogs"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is no feature map"):
+            training_runs.known_kind(wrong)
+
+
 def short_text(seed=0):
     draw = torch.randint(0, 64, (6, 32), generator=torch.Generator().manual_seed(seed))
     return bench_linear_lm.Text(draw, draw[:2], draw[2:])
 
 
-@pytest.mark.parametrize("kind", ["softmax", "hedgehog", "elu"])
+@pytest.mark.parametrize("kind", ["softmax", "hedgehog, window 16", "elu"])
 def test_the_language_models_of_a_page_see_every_row_once_and_learn(kind):
     settings = bench_linear_lm.Settings(kind, 1e-2, 1, steps=9, batch_size=2, looks=3)
     result = bench_linear_lm.trained(settings, short_text(), keep=False)
