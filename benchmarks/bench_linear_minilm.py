@@ -68,7 +68,7 @@ class Sizes:
     rows: int = 16
     steps: int = TRANSFER_STEPS
     tuning_rows: int = 8
-    tuning_steps: tuple[int, ...] = (100,)
+    tuning_steps: tuple[int, ...] = (100, 300)
 
 
 SMOKE = Sizes(
