@@ -525,12 +525,6 @@ def run(experiment: Experiment, options: argparse.Namespace, runs: Path) -> Iter
     results: dict[str, Any] = {"options": this, "commit": made_from["commit"], "errors": errors}
     results |= {"perplexity": [], "distilled": [], "softmax": None}
     yield results
-    for name in ("hyena", "multihyena"):
-        index = by_error(errors, name)[0]
-        path = runs / f"distilled-{name}-{index}.json"
-        found = kept(path, made_from, partial(experiment.distilled, name, index))
-        results["distilled"].append({**found, "name": name, "layer": index})
-    yield results
     path = runs / "perplexity" / "softmax.json"
     results["softmax"] = kept(path, made_from, partial(experiment.perplexity, "mean", []))["perplexity"]
     for which, choices in replacements(errors, options).items():
@@ -539,6 +533,12 @@ def run(experiment: Experiment, options: argparse.Namespace, runs: Path) -> Iter
             value = kept(path, made_from, partial(experiment.perplexity, name, layers))["perplexity"]
             results["perplexity"].append({"name": name, "which": which, "layers": layers, "value": value})
             print(f"{name}, {which}: {value / results['softmax']:.3f}", file=sys.stderr, flush=True)
+        yield results
+    for name in ("multihyena", "hyena"):
+        index = by_error(errors, name)[0]
+        path = runs / f"distilled-{name}-{index}.json"
+        found = kept(path, made_from, partial(experiment.distilled, name, index))
+        results["distilled"].append({**found, "name": name, "layer": index})
         yield results
 
 
