@@ -584,11 +584,22 @@ def test_rotary_frequencies_of_a_model_in_bfloat16_are_not_rounded(tmp_path):
     assert linear.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
-def test_a_model_whose_weights_are_elsewhere_is_refused():
+def test_a_model_whose_weights_are_partly_elsewhere_is_refused():
     with torch.device("meta"):
-        model = CAUSAL["llama"]()
+        layer = CAUSAL["llama"]().model.layers[1]
+    model = CAUSAL["llama"]()
+    model.model.layers[1] = layer
     with pytest.raises(ValueError, match="without offloading"):
         convert_attention(model)
+
+
+def test_a_model_on_the_meta_device_is_converted_there():
+    """Sizes of a conversion are known before the weights are there."""
+    with torch.device("meta"):
+        model = CAUSAL["llama"]()
+    shapes = {name: p.shape for name, p in convert_attention(model, window=4).named_parameters() if p.is_meta}
+    real = convert_attention(CAUSAL["llama"](), window=4)
+    assert shapes == {name: p.shape for name, p in real.named_parameters()}
 
 
 def test_weights_that_are_apart_are_not_tied_silently():

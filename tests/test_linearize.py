@@ -3,6 +3,10 @@
 import argparse
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +58,7 @@ FLAGS = frozenset(
         "evaluate_every",
     ]
 )
+ROOT = Path(__file__).parents[1]
 LENGTH = 40
 TOKENIZER = HyenaByteTokenizer()
 
@@ -213,6 +218,33 @@ def test_bad_commands_are_refused(folder, tmp_path, capsys):
         with pytest.raises(ValueError, match=message):
             run(folder, tmp_path / "bad", *flags, "--steps", "1")
         assert not (tmp_path / "bad").exists()
+
+
+def test_two_processes_do_what_one_does_on_their_rows_together(folder, tmp_path):
+    """Alike but for rounding: rows of a step are dealt to the processes, and gradients averaged."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for index in range(30):
+        (text / f"{index}.txt").write_text(f"{index} is what document {index} says. " * 5)
+    flags = ["--data", str(text), "--length", "32", "--window", "4", "--transfer-steps", "6", "--steps", "6"]
+    many = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    reports = []
+    for start, rows_of_a_process in (([sys.executable], 4), (many, 2)):
+        output = tmp_path / str(rows_of_a_process)
+        command = [*start, "-m", "training.linearize", str(folder), str(output), *flags]
+        subprocess.run(
+            [*command, "--batch-size", str(rows_of_a_process)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            check=True,
+            timeout=300,
+        )
+        reports.append(json.loads((output / "linearize.json").read_text()))
+    for stage in ("transferred", "trained"):
+        one, two = (report["perplexity"][stage]["validation"] for report in reports)
+        assert two == pytest.approx(one, rel=1e-4)
+    assert reports[0]["perplexity"]["trained"] != reports[0]["perplexity"]["transferred"]
 
 
 # what the teacher of the second stage says

@@ -39,7 +39,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from training.data import UNPREDICTED, PackedRows, collate_rows
-from training.imitation import Teacher, divergence_from_teacher, head_of
+from training.imitation import Teacher, imitation_loss
 from training.metrics import (
     classification_metrics,
     confusion,
@@ -236,16 +236,8 @@ class FineTuner(HyenaTrainer):
         """The loss of a pass; evaluation compares with labels, whatever training does."""
         if self.teacher is None or self._evaluates:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        predicted = (inputs["labels"][:, 1:] != UNPREDICTED).flatten()
-        total = kwargs.get("num_items_in_batch")
-        given = {name: value for name, value in inputs.items() if name != "labels"}
-        wanted, wanted_head = self.teacher(self.accelerator.unwrap_model(model), given)
-        # through the wrapper, which shares gradients among devices; its own logits are of one token
-        states = model(**given, **self._fixed_inputs, logits_to_keep=1, output_hidden_states=True).hidden_states
-        hidden, wanted = (x[:, :-1].flatten(0, 1)[predicted] for x in (states[-1], wanted))
-        head = head_of(unwrap(self.accelerator.unwrap_model(model)))
-        loss = divergence_from_teacher(hidden, head, wanted, wanted_head)
-        return loss / (predicted.sum() if total is None else total).clamp(min=1)
+        inner = self.accelerator.unwrap_model(model)
+        return imitation_loss(model, inner, inputs, self.teacher, kwargs.get("num_items_in_batch"))
 
     def _targets(self, labels: Tensor) -> Tensor:
         """The labels that bear a loss."""

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from hyena_hf.linear_attention import attention_mode
+from training.data import UNPREDICTED
 from training.parameter_groups import unwrap
 
 
@@ -55,8 +56,33 @@ class FormerSelf:
             raise ValueError("a model that is trained in full is not its own teacher any more; give a copy of it")
         inner: Any = unwrap(student)
         with torch.no_grad(), _evaluating(student), student.disable_adapter(), attention_mode(inner, "softmax"):
-            hidden = inner.base_model(**inputs, use_cache=False).last_hidden_state
-        return hidden, head_of(inner)
+            return last_states(student, inputs), head_of(inner)
+
+
+def last_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Last hidden states (B, L, D), through the whole model: wrappers such as FSDP's work where it is called."""
+    return model(**inputs, use_cache=False, logits_to_keep=1, output_hidden_states=True).hidden_states[-1]
+
+
+def imitation_loss(
+    model: nn.Module, inner: Any, batch: dict[str, Tensor], teacher: Teacher, total: Tensor | None = None
+) -> Tensor:
+    """Sum over predicted tokens of the divergence from the teacher, divided by their number.
+
+    Args:
+        model: The student in its wrappers.
+        inner: The same without those of distribution, perhaps a `PeftModel`.
+        batch: Packed rows, with labels that tell which tokens are predicted.
+        teacher: Of this batch.
+        total: What to divide by; None: the tokens of this batch.
+    """
+    given = {name: value for name, value in batch.items() if name != "labels"}
+    predicted = (batch["labels"][:, 1:] != UNPREDICTED).flatten()
+    wanted, wanted_head = teacher(inner, given)
+    hidden = last_states(model, given)
+    hidden, wanted = (x[:, :-1].flatten(0, 1)[predicted] for x in (hidden, wanted))
+    loss = divergence_from_teacher(hidden, head_of(unwrap(inner)), wanted, wanted_head)
+    return loss / (predicted.sum() if total is None else total).clamp(min=1)
 
 
 @contextmanager

@@ -4,6 +4,7 @@
     python -m training.linearize SmolLM2-135M-Instruct.Q4_1.gguf OUTPUT --data docs/ --held-out jargon.txt --window 64
     python -m training.linearize MODEL OUTPUT --data docs/ --full --objective text
     python -m training.linearize MODEL OUTPUT --smoke              # a little of the standard library, a few steps
+    torchrun --nproc-per-node 8 -m training.linearize ...
 
 MODEL is a folder, a name of the Hub or a GGUF file (its weights are dequantised) of a model that `convert_attention`
 knows. The same command goes on where it was interrupted; another one is refused in the same folder.
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, set_seed
 from transformers.utils import logging as transformers_logging
@@ -110,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     transformers_logging.disable_progress_bar()
+    processes = PartialState(cpu=not torch.accelerator.is_available())
     model, tokenizer = load(options.model, DTYPES[options.dtype])
+    model.to(processes.device)
     documents = read_documents(options.data) if options.data else standard_library()
     documents = shorten(documents, SMOKE_CHARACTERS) if options.smoke else documents
     splits = split_documents(documents, validation=0.05, heldout=0, group=str if options.data else module_name)
@@ -120,10 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = pack_documents(map(Encoder(tokenizer), read_documents(options.held_out)), options.length)
         held_out["held-out"] = rows.first(options.rows)
     report = linearize(model, tokenizer, train_rows, held_out, options)
-    print(summary(report))
-    print(f"the model is in {options.output / ('model' if options.steps else 'converted')}")
+    processes.print(summary(report))
+    processes.print(f"the model is in {options.output / ('model' if options.steps else 'converted')}")
     if options.smoke:
-        print("This was a smoke run: its numbers mean nothing.")
+        processes.print("This was a smoke run: its numbers mean nothing.")
 
 
 def load(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -150,8 +154,10 @@ def linearize(
 ) -> dict[str, Any]:
     """Convert a model, transfer its attention and train it further, or go on with a run that was interrupted.
 
+    Under torchrun every process trains on rows of its own; all measure, and the first one writes.
+
     Args:
-        model: A causal language model that `convert_attention` knows.
+        model: A causal language model that `convert_attention` knows, on this process's device.
         tokenizer: Saved with the models.
         train_rows: Text to learn from.
         held_out: Rows for perplexities by name; `"validation"` chooses the best checkpoint.
@@ -167,13 +173,19 @@ def linearize(
     this = {key: value for key, value in vars(options).items() if key not in ("output", "evaluate_every")}
     # what cannot be converted is refused before the folder is taken
     converted = None if (output / COMMAND).exists() else _convert(model, options)
-    claim(output, this | {"train_digest": train_rows.digest()}, COMMAND)
+    processes = PartialState(cpu=not torch.accelerator.is_available())
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        claim(output, this | {"train_digest": train_rows.digest()}, COMMAND)
+    processes.wait_for_everyone()
     report = _Report(output / REPORT, held_out, options.batch_size)
     if not (output / "converted").exists():
         converted = converted or _convert(model, options)
         _transfer(converted, tokenizer, train_rows, held_out["validation"], options)
     # from there in any case: its name is what an adapter remembers
-    converted = AutoModelForCausalLM.from_pretrained(output / "converted", dtype=DTYPES[options.dtype])
+    processes.wait_for_everyone()
+    converted: Any = AutoModelForCausalLM.from_pretrained(output / "converted", dtype=DTYPES[options.dtype])
+    converted.to(processes.device)
     report.add("layers", json.loads((output / "converted" / "transfer.json").read_text())["layers"])
     report.measure("transferred", converted, ("softmax", "converted", "window", "linear"))
     if options.steps:
@@ -193,7 +205,8 @@ class _Report:
     def add(self, key: str, value: Any) -> None:
         """Write something down."""
         self.values[key] = value
-        write_json(self.path, self.values)
+        if PartialState().is_main_process:
+            write_json(self.path, self.values)
 
     def measure(self, name: str, model: Any, attentions: Sequence[str]) -> None:
         """Perplexities of a converted model with some of the attentions that `measure_branches` knows."""
@@ -203,7 +216,6 @@ class _Report:
         of_rows = {}
         for rows_name, rows in self.held_out.items():
             batches = [collate_rows(rows_of) for rows_of in _batches(rows, range(len(rows)), self.batch_size)]
-            batches = list(tqdm(batches, desc=f"perplexity, {name}, {rows_name}", disable=None))
             of_rows[rows_name] = measure_branches(model, batches, attentions)
         self.add("perplexity", found | {name: of_rows})
 
@@ -214,11 +226,13 @@ def _batches(rows: PackedRows, order: Sequence[int], size: int) -> Iterator[list
 
 
 class _Batches:
-    """Shuffled batches of rows, alike in every pass."""
+    """Shuffled batches of rows, alike in every pass; each process has its share of the rows."""
 
     def __init__(self, rows: PackedRows, size: int, seed: int) -> None:
         self.rows, self.size = rows, size
-        self.order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+        processes = PartialState()
+        self.order = order[processes.process_index :: processes.num_processes]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         yield from map(collate_rows, _batches(self.rows, self.order, self.size))
@@ -239,8 +253,9 @@ def _transfer(
 ) -> None:
     """Attention transfer of a converted model, which goes to OUTPUT/converted."""
     held_out = [collate_rows(part) for part in _batches(validation, range(min(8, len(validation))), 1)]
+    quiet = None if PartialState().is_main_process else True  # None: where nobody watches
     if options.transfer_steps:
-        with tqdm(total=options.transfer_steps, desc="attention transfer", unit="step", disable=None) as bar:
+        with tqdm(total=options.transfer_steps, desc="attention transfer", unit="step", disable=quiet) as bar:
 
             def show(step: int, loss: float) -> None:
                 bar.update(step - bar.n)
@@ -258,6 +273,8 @@ def _transfer(
             )
     else:
         report = TransferReport(0, {}, measure_layers(converted, held_out))
+    if not PartialState().is_main_process:
+        return
     staged = options.output / STAGING / "converted"
     shutil.rmtree(staged.parent, ignore_errors=True)
     converted.save_pretrained(staged)
@@ -304,7 +321,8 @@ def _tuned(
         tokenizer=tokenizer,
         teacher=teacher,
     )
-    return AutoModelForCausalLM.from_pretrained(result.model_dir, dtype=DTYPES[options.dtype])
+    tuned: Any = AutoModelForCausalLM.from_pretrained(result.model_dir, dtype=DTYPES[options.dtype])
+    return tuned.to(PartialState().device)
 
 
 def plot_transfer(report: TransferReport, path: Path) -> None:

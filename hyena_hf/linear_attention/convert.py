@@ -35,7 +35,7 @@ def convert_attention(
     Args:
         model: A Llama, Mistral, Qwen 2 or 3 or GPT-2, bare, as a language model or as a classifier of sequences; or a
             BERT encoder, bare or with a head for masked tokens, sequences, tokens or answers. It stays as it is:
-            weights are copied.
+            weights are copied. One on the meta device is converted there, which tells shapes and sizes.
         layers: Indices of the layers to convert, or `"all"`. Negative ones count from the end.
         feature_map: Name in `hyena_hf.feature_maps.FEATURE_MAPS`.
         feature_dim: Outputs of a learned map (None: the width of a head).
@@ -116,7 +116,7 @@ def _take_over(converted: PreTrainedModel, model: PreTrainedModel) -> None:
             f"and convert the plain model"
         )
     absent = [key for key in own if theirs[key].is_meta]
-    if absent:
+    if 0 < len(absent) < len(own):  # a model wholly on the meta device has shapes alone, and so has this one
         raise ValueError(
             f"the values of {len(absent)} tensors of the model are elsewhere (first {absent[:3]}), on a disk or in "
             f"the memory of another device; load it without offloading and convert it then"

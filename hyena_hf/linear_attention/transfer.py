@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -114,7 +115,8 @@ def attention_transfer(
 ) -> TransferReport:
     """Train the feature maps of a converted model in place; everything else stays as it is.
 
-    AdamW without weight decay on the maps in float32, a cosine to zero, gradients clipped to 1 in every layer.
+    AdamW without weight decay on the maps in float32, a cosine to zero, gradients clipped to 1 in every layer. Under
+    torchrun every process trains on batches of its own, and gradients are averaged.
 
     Args:
         model: From `convert_attention`, its other weights still those of the teacher.
@@ -201,7 +203,9 @@ class _Kept:
         return state["step"], {int(index): values for index, values in state["losses"].items()}
 
     def save(self, step: int, optimizer: torch.optim.Optimizer, losses: dict[int, list[float]]) -> None:
-        """Keep the state after some steps."""
+        """Keep the state after some steps; the first process does."""
+        if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+            return
         tensors = {}
         for index, parameter in enumerate(_parameters(optimizer)):
             tensors[f"{index}.value"] = parameter.detach()
@@ -212,6 +216,16 @@ class _Kept:
         state = {"setting": self.setting, "step": step, "losses": losses}
         save_file(tensors, unfinished, metadata={"state": json.dumps(state)})
         unfinished.replace(self.path)
+
+
+def _average(parameters: list[nn.Parameter]) -> None:
+    """Average gradients over the processes of torch.distributed, where there are several."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -264,6 +278,7 @@ def _train(
             with torch.no_grad():
                 model.base_model(**inputs, use_cache=False)
             _check_finite({index: of_step[layer] for index, layer in layers.items()}, step)
+            _average(parameters)
             for index, layer in layers.items():
                 losses[index].append(of_step[layer])
                 nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
@@ -292,7 +307,7 @@ def _loss(
     if kind in ("weights", "both"):
         exact = torch.promote_types(q.dtype, torch.float32)
         teacher = SoftmaxWindow(q.to(exact) * layer.scaling, k, size=1) if window is None else window
-        options = {"log_features": layer.q_map.is_log, "mask": filled, "causal": layer.is_causal}
+        options = {"log_features": layer.is_log, "mask": filled, "causal": layer.is_causal}
         total = total + attention_divergence(*features, teacher, hybrid=window is not None, **options)
     if kind in ("outputs", "both"):
         branches = [None] if window is None else [None, window]
@@ -310,7 +325,7 @@ def _divergence(
 ) -> Tensor:
     """Mean KL divergence over queries and heads, in nats."""
     student = linear_attention_log_weights(
-        *features, log_features=layer.q_map.is_log, window=window, mask=filled, causal=layer.is_causal
+        *features, log_features=layer.is_log, window=window, mask=filled, causal=layer.is_causal
     )
     visible = visible_keys(layer, teacher.shape[-1], filled, teacher.device)
     terms = torch.where(visible, teacher.exp() * (teacher - student), 0.0).sum(dim=-1)
@@ -327,7 +342,7 @@ def _output_error(
 ) -> Tensor:
     """Squared error of outputs over their mean square, mean over queries and heads."""
     exact = v.to(torch.promote_types(v.dtype, torch.float32))
-    options = {"log_features": layer.q_map.is_log, "window": window, "mask": filled}
+    options = {"log_features": layer.is_log, "window": window, "mask": filled}
     if layer.is_causal:
         ours = causal_linear_attention(*features, exact, **options)[0]
     else:
@@ -414,7 +429,7 @@ def measure_layers(model: PreTrainedModel, batches: Iterable[Any]) -> list[Layer
         window, features = layer.softmax_window(q, k), layer.features(q, k)
         visible = visible_keys(layer, q.shape[2], filled, q.device)
         student = linear_attention_log_weights(
-            *features, log_features=layer.q_map.is_log, window=window, mask=filled, causal=layer.is_causal
+            *features, log_features=layer.is_log, window=window, mask=filled, causal=layer.is_causal
         )
         entropies = [
             _mean_of_queries(torch.where(visible, -logs.exp() * logs, 0.0).sum(dim=-1), filled)
