@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 SAVE_EVERY = 5
 GOAL = 1.05  # perplexity over that of softmax with one layer replaced, as for linear attention
 CODE = (*MODEL_CODE, "hyena_hf/linear_attention/*.py")
-# chosen on other rows of two layers; scores of heads are sums of P products, and move that much faster
+# tried on two layers and other rows of text; scores of heads are sums of P products, which move faster
 RATES = {"maps": 3e-3, "head maps": 1e-3, "taps": 5e-4, "logits": 3e-2, "features": 1e-2}
 UNTRAINED = ("mean", "window")
 
@@ -322,6 +323,16 @@ def kind_of(name: str) -> str:
     return next((kind for part, kind in (("logits", "logits"), ("filter", "taps")) if part in name), maps)
 
 
+def modal_taps(taps: Tensor) -> tuple[Tensor, Tensor]:
+    """Taps (C, n) of few states in the place of others, and their relative errors (C,) as `fit_modal` has them."""
+    poles, residues, _, report = fit_modal(taps, state_size=STATES)
+    powers = poles.unsqueeze(-1).repeat(1, 1, taps.shape[1] - 1)
+    powers[..., 0] = 1
+    fitted = taps.double()
+    fitted[:, 1:] = (residues.unsqueeze(-1) * powers.cumprod(dim=-1)).sum(dim=1).real
+    return fitted, report.relative_l2
+
+
 def save_state(path: Path, step: int, optimizer: torch.optim.Optimizer) -> None:
     """Keep parameters, AdamW's moments and the steps taken, whole or not at all."""
     tensors = {}
@@ -426,7 +437,7 @@ class Experiment:
     def errors(self) -> dict[str, Any]:
         """Squared errors over squares on the held-out rows, of every head of every layer."""
         names = [*UNTRAINED, *next(iter(self.students.values()))]
-        sums = {index: dict.fromkeys((*names, "square"), 0.0) for index in self.layers}
+        sums: dict[int, dict[str, Any]] = {i: dict.fromkeys((*names, "square"), 0.0) for i in self.layers}
 
         def see(index: int, x: Inputs, y: Tensor) -> None:
             for name in names:
@@ -435,7 +446,7 @@ class Experiment:
 
         for row in self.held_out:
             self.read(row, see)
-        return {"layers": {str(i): {name: of[name].tolist() for name in of} for i, of in sums.items()}}  # pyright: ignore
+        return {"layers": {str(i): {name: of[name].tolist() for name in of} for i, of in sums.items()}}
 
     @torch.no_grad()
     def perplexity(self, name: str, layers: list[int]) -> dict[str, float]:
@@ -461,11 +472,7 @@ class Experiment:
         """Modal filters of few states in the place of a trained student's: errors of taps, and of the layer."""
         student: Any = self.students[index][name]
         taps = student.taps(self.options.length)
-        poles, residues, _, report = fit_modal(taps, state_size=STATES)
-        powers = poles.unsqueeze(-1).repeat(1, 1, self.options.length - 1)
-        powers[..., 0] = 1
-        fitted = taps.double()
-        fitted[:, 1:] = (residues.unsqueeze(-1) * powers.cumprod(dim=-1)).sum(dim=1).real
+        fitted, errors = modal_taps(taps)
         learned = student.filter.weight.clone()
         sums = torch.zeros(3, dtype=torch.float64)
 
@@ -481,7 +488,7 @@ class Experiment:
             self.read(row, see)
         student.filter.weight.copy_(learned)
         error, error_fitted, square = sums.tolist()
-        quantiles = torch.quantile(report.relative_l2, torch.tensor([0.5, 1.0]).double()).tolist()
+        quantiles = torch.quantile(errors, torch.tensor([0.5, 1.0]).double()).tolist()
         return {"taps": quantiles, "error": (error / square) ** 0.5, "distilled": (error_fitted / square) ** 0.5}
 
 
@@ -508,12 +515,9 @@ def main() -> None:
         options.steps, options.layers, options.lowest, options.length, options.rows = 2, [0], [1], 96, 1
     elif not (options.model and options.data and options.held_out):
         parser.error("--model, --data and --held-out are needed without --smoke")
+    publish = partial(write_result, "linear_hyena", "Softmax attention into Hyena", command_line("bench_linear_hyena"))
     for results in run(Experiment(Text(options), options), options, runs):  # a page of what is there
-        figures = {"layers": layers_plot(results)}
-        command = command_line("bench_linear_hyena")
-        title = "Softmax attention into Hyena"
-        path = write_result("linear_hyena", title, command, page(results), figures, folder=folder)
-    print(path)
+        print(publish(page(results), {"layers": layers_plot(results)}, folder=folder))
 
 
 def run(experiment: Experiment, options: argparse.Namespace, runs: Path) -> Iterator[dict[str, Any]]:
@@ -574,11 +578,12 @@ def page(results: dict[str, Any]) -> list[str]:
     errors, options = results["errors"], results["options"]
     names = names_of(errors)
     of = {name: relative(errors, name) for name in names}
-    means = [f"{sum(of[name].values()) / len(of[name]):.3f}" for name in names]
+    means = [f"{mean(of[name].values()):.3f}" for name in names]
     rows = [[index, *(f"{of[name][int(index)]:.3f}" for name in names)] for index in errors]
     lines = [
         f"{options['steps']} steps of one row of {options['length']} tokens, weights in {options['dtype']}; students "
-        f"made by commit {results['commit']}. Errors and perplexities are of {options['rows']} rows of other text. "
+        f"made by commit {results['commit']}: they have seen {options['steps'] * options['length']:,} tokens. Errors "
+        f"and perplexities are of {options['rows']} rows of other text. "
         "What the names mean stands at the top of the benchmark's file.",
         "",
         *verdict(results),
@@ -644,11 +649,9 @@ def perplexities(results: dict[str, Any], names: list[str]) -> list[str]:
     rows = [
         [which, *(f"{cells[which, name]['value'] / results['softmax']:.3f}" for name in names)] for which in choices
     ]
-    chosen = [
-        f"Lowest of {name}: {', '.join(map(str, by_error(results['errors'], name)[:4]))}."
-        for name in ("hyena", "linear")
-    ]
-    return [*markdown_table(["layers", *names], rows), "", *chosen]
+    count = max((len(o["layers"]) for o in results["perplexity"]), default=1)
+    chosen = [f"{name}: {', '.join(map(str, by_error(results['errors'], name)[:count]))}" for name in names]
+    return [*markdown_table(["layers", *names], rows), "", f"Layers of lowest error: {'; '.join(chosen)}."]
 
 
 def verdict(results: dict[str, Any]) -> list[str]:
@@ -659,24 +662,34 @@ def verdict(results: dict[str, Any]) -> list[str]:
     def wins(one: str, other: str) -> str:
         return f"{sum(of[one][i] < of[other][i] for i in of[one])} of {len(of[one])} layers"
 
-    lines = [
-        f"- hyena is closer to softmax attention than linear attention in {wins('hyena', 'linear')}, multihyena in "
-        f"{wins('multihyena', 'linear')}; than weights of the lag alone in {wins('hyena', 'lag')}.",
-        f"- hybrid is closer than the window with its share alone in {wins('hybrid', 'share')}: that is what the "
-        f"convolution over older tokens adds.",
-    ]
-    for name in ("hyena", "multihyena", "hybrid", "linear"):
-        ratios = {o["which"]: o["value"] / results["softmax"] for o in results["perplexity"] if o["name"] == name}
-        if ratios:
-            good = [which for which, value in ratios.items() if value <= GOAL]
-            lines.append(f"- {name} costs at most {GOAL - 1:.0%} of perplexity in: {', '.join(good) or 'none'}.")
+    lines = [answer(results, name) for name in ("hyena", "multihyena", "hybrid") if results["perplexity"]]
     return [
         *lines,
+        f"- hyena is closer to softmax attention than linear attention in {wins('hyena', 'linear')}, multihyena in "
+        f"{wins('multihyena', 'linear')}.",
+        f"- What content adds to weights of the lag alone: hyena is closer in {wins('hyena', 'lag')}, mean error "
+        f"{mean(of['lag'].values()):.3f} for the lag alone, {mean(of['hyena'].values()):.3f} for hyena.",
+        f"- What the convolution adds to a window and its share: hybrid is closer in {wins('hybrid', 'share')}, mean "
+        f"error {mean(of['share'].values()):.3f} without it, {mean(of['hybrid'].values()):.3f} with it.",
         "",
-        "Why not elsewhere: the weight of a key in hyena is q'_t h_(t-s) k'_s in every channel, a product of what the "
-        "query says, what the key says and the lag; it cannot say which key fits which query. The sum is not divided "
-        "by the sum of weights either.",
+        "What stands in the way where it fails: the weight of a key in hyena is q'_t h_(t-s) k'_s in every channel, a "
+        "product of what the query says, what the key says and the lag, so it cannot say which key fits which query. "
+        "Nor are weights divided by their sum, as those of softmax are where one token takes most of it. Outputs of "
+        "zero have an error of 1.",
     ]
+
+
+def answer(results: dict[str, Any], name: str) -> str:
+    """Whether an operator can stand in for softmax attention, by the replacements that were measured."""
+    ratios = {o["which"]: o["value"] / results["softmax"] for o in results["perplexity"] if o["name"] == name}
+    good = [which for which, value in ratios.items() if value <= GOAL]
+    plain = "yes" if len(good) == len(ratios) else "in places" if good else "no"
+    worst = max(ratios, key=lambda which: ratios[which], default=None)
+    ending = "" if worst is None else f"; the worst is {worst}, {ratios[worst]:.2f} times"
+    return (
+        f"- Can {name} stand in for softmax attention at {GOAL - 1:.0%} of perplexity? **{plain.capitalize()}**: "
+        f"{', '.join(good) or 'nowhere'} of {', '.join(ratios) or 'nothing yet'}{ending}."
+    )
 
 
 def layers_plot(results: dict[str, Any]) -> Figure:

@@ -1,7 +1,9 @@
 """The experiment with Hyena in the place of attention: operators see no later tokens and are as they are defined."""
 
 import dataclasses
+import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +37,7 @@ def heads(seed=0):
     return (2 * torch.randn(1, number, LENGTH, 4, generator=generator) for number in (2, 1, 1))
 
 
-def shaken(seed=0):
+def shaken(seed=0) -> Any:
     """Students whose every parameter has an effect."""
     generator = torch.Generator().manual_seed(seed)
     taps = torch.rand(2, LENGTH, generator=generator)
@@ -96,6 +98,15 @@ def test_the_quadratic_form_is_the_package_multihyena():
     torch.testing.assert_close(bench.by_products(q, k, v, h), expected)
 
 
+def test_taps_of_few_states_are_as_far_away_as_their_fit_says():
+    taps = torch.rand(3, 80, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    fitted, errors = bench.modal_taps(taps)
+    assert torch.equal(fitted[:, 0], taps[:, 0])
+    distance = (fitted - taps).norm(dim=1) / taps[:, 1:].norm(dim=1)
+    torch.testing.assert_close(errors, distance)
+    assert errors.min() > 0.01
+
+
 def test_a_hybrid_reads_nothing_in_its_window_by_the_convolution():
     hybrid = shaken()["hybrid"]
     assert hybrid.older.taps(LENGTH)[:, : bench.WINDOW].abs().max() == 0
@@ -151,3 +162,78 @@ def test_the_window_and_the_mean_are_softmax_over_what_they_see():
     near = weights * seen
     torch.testing.assert_close(bench.window_alone(x), near / near.sum(dim=-1, keepdim=True) @ x.values)
     torch.testing.assert_close(bench.mean_of_values(x)[0, :, 2], x.values[0, :, :3].mean(dim=1))
+
+
+def results(hyena, ratio):
+    """Of two layers with one head each; `hyena` are its squared errors."""
+    names = ("mean", "window", "lag", "hyena", "multihyena", "linear", "share", "hybrid")
+    errors = {str(i): {name: [4.0] for name in names} | {"square": [4.0], "hyena": [hyena[i]]} for i in range(2)}
+    perplexity = [
+        {"name": name, "which": which, "layers": [0], "value": 10 * value}
+        for name in names
+        for which, value in (("1 lowest", ratio), ("layer 1", 1.5))
+    ]
+    options = {"steps": 3, "length": 100, "rows": 1, "dtype": "float32"}
+    return {
+        "options": options,
+        "commit": "abc",
+        "errors": errors,
+        "softmax": 10.0,
+        "perplexity": perplexity,
+        "distilled": [{"name": "hyena", "layer": 1, "taps": [0.1, 0.2], "error": 0.5, "distilled": 0.625}],
+    }
+
+
+def test_the_page_says_where_conversion_is_good_enough_and_which_layers_are_closest():
+    text = "\n".join(bench.page(results([1.0, 0.25], 1.04)))
+    assert "| 0 | 1.000 | 1.000 | 1.000 | 0.500 |" in text
+    assert "| 1 lowest | 1.040 |" in text
+    assert "perplexity? **In places**: 1 lowest of 1 lowest, layer 1; the worst is layer 1, 1.50 times." in text
+    assert "hyena is closer to softmax attention than linear attention in 2 of 2 layers" in text
+    assert "hyena: 1;" in text  # its layer of lowest error
+    assert "1.0 0.25, 0.0 0.50" in text
+    assert "| hyena | 1 | 0.100 | 0.200 | 0.500 | 0.625 |" in text
+    assert "300 tokens" in text
+    assert "**No**: nowhere of 1 lowest, layer 1" in "\n".join(bench.page(results([1.0, 0.25], 1.06)))
+
+
+def test_a_page_without_perplexities_yet_is_a_page():
+    unfinished = results([1.0, 0.25], 1.0) | {"perplexity": [], "distilled": [], "softmax": None}
+    text = "\n".join(bench.page(unfinished))
+    assert "Perplexity over" not in text
+    assert "| mean | 1.000 |" in text
+
+
+def test_training_goes_on_where_its_state_was_saved(tmp_path):
+    def stepped(parameter, optimizer, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            (parameter * (step + 1.0)).square().sum().backward()
+            optimizer.step()
+
+    def new():
+        parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        return parameter, torch.optim.AdamW([parameter], lr=0.1)
+
+    whole, begun, resumed = new(), new(), new()
+    stepped(*whole, range(5))
+    stepped(*begun, range(3))
+    bench.save_state(tmp_path / "runs" / "state.safetensors", 3, begun[1])
+    taken = bench.load_state(tmp_path / "runs" / "state.safetensors", resumed[1])
+    stepped(*resumed, range(taken, 5))
+    assert torch.equal(whole[0], resumed[0])
+
+
+def test_a_smoke_run_learns_measures_and_keeps_all_in_one_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SMOKE_RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["bench", "--smoke"])
+    bench.main()
+    text = (tmp_path / "linear_hyena.md").read_text()
+    for part in ("2 steps of one row of 96 tokens", "| 1 lowest |", "| layer 0 |", "| hyena | ", "![layers]"):
+        assert part in text
+    assert str(tmp_path) not in text
+    assert "step 2: lag" in capsys.readouterr().err
+    assert len(list((tmp_path / "linear_hyena" / "perplexity").iterdir())) >= 9
+    result = json.loads((tmp_path / "linear_hyena" / "errors.json").read_text())
+    assert result["options"]["length"] == 96
+    assert set(result["layers"]) == {"0", "1"}
