@@ -328,7 +328,7 @@ def modal_taps(taps: Tensor) -> tuple[Tensor, Tensor]:
     poles, residues, _, report = fit_modal(taps, state_size=STATES)
     powers = poles.unsqueeze(-1).repeat(1, 1, taps.shape[1] - 1)
     powers[..., 0] = 1
-    fitted = taps.double()
+    fitted = taps.to(torch.float64, copy=True)
     fitted[:, 1:] = (residues.unsqueeze(-1) * powers.cumprod(dim=-1)).sum(dim=1).real
     return fitted, report.relative_l2
 
