@@ -39,8 +39,10 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from benchmarks import bench_recall
+from benchmarks import recall
+from benchmarks.bench_recall import MODELS
 from benchmarks.report import RESULTS, SMOKE_RESULTS, command_line, markdown_table, write_result
+from benchmarks.training_runs import rate_factor
 from hyena_hf import HyenaConfig, HyenaForCausalLM
 from hyena_hf.distillation import distill
 from training import demo
@@ -173,9 +175,9 @@ def perplexity(model: HyenaForCausalLM, rows: Tensor) -> float:
 def recall_model(seed: int, amounts: Amounts) -> Trained:
     """The small Hyena of bench_recall on a longer task with more keys; its score is the share of answers right."""
     task = {"vocab_size": amounts.vocab_size, "length": amounts.length}
-    fields = {**bench_recall.SIZES, **bench_recall.MODELS["Hyena"], "vocab_size": amounts.vocab_size}
+    fields = {**recall.SIZES, **MODELS["Hyena"], "vocab_size": amounts.vocab_size}
     config = HyenaConfig(**{**fields, "max_position_embeddings": amounts.length + 2})
-    settings = bench_recall.Settings("Hyena", 2e-3, seed, amounts.recall_steps)
+    settings = recall.Settings("Hyena", 2e-3, seed, amounts.recall_steps)
     folder = amounts.folder / f"recall-seed{seed}"
     made_from = {"task": task, "config": config.to_diff_dict(), "settings": asdict(settings)}
     record = folder / "made_from.json"
@@ -184,7 +186,7 @@ def recall_model(seed: int, amounts: Amounts) -> Trained:
         write_json(record, made_from)
     sequences = far_sequences(np.random.default_rng(DATA_SEED), task, amounts.sequences)
     model = HyenaForCausalLM.from_pretrained(folder / "model")
-    return Trained(model, folder, sequences, bench_recall.answer_accuracy)
+    return Trained(model, folder, sequences, recall.answer_accuracy)
 
 
 def far_sequences(rng: np.random.Generator, task: dict[str, int], count: int) -> Tensor:
@@ -197,17 +199,18 @@ def far_sequences(rng: np.random.Generator, task: dict[str, int], count: int) ->
     return torch.cat(found)[:count]
 
 
-def train_recall(config: HyenaConfig, settings: bench_recall.Settings, task: dict[str, int]) -> HyenaForCausalLM:
+def train_recall(config: HyenaConfig, settings: recall.Settings, task: dict[str, int]) -> HyenaForCausalLM:
     """Train on fresh sequences."""
     torch.manual_seed(settings.seed)
     model = HyenaForCausalLM(config)
     groups = get_parameter_groups(model, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    schedule = LambdaLR(optimizer, lambda step: bench_recall.rate_factor(step, settings))
+    rates = {name: getattr(settings, name) for name in ("steps", "warmup", "final_rate")}
+    schedule = LambdaLR(optimizer, lambda step: rate_factor(step, **rates))
     data = np.random.default_rng([DATA_SEED, settings.seed])
     for _ in tqdm(range(settings.steps), desc=f"recall, seed {settings.seed}", mininterval=5):
         sequences = recall_sequences(data, examples=settings.batch_size, **task)
-        bench_recall.training_step(model, optimizer, sequences)
+        recall.training_step(model, optimizer, sequences)
         schedule.step()
     return model
 
