@@ -259,6 +259,8 @@ def page(results: dict[str, list], options: argparse.Namespace) -> list[str]:
     for group, title in sections:
         if results[group]:
             lines += [f"## {title}", "", *markdown_table(columns, _branch_rows(results[group])), ""]
+            given = {result["command"] for _, result in results[group] if "command" in result}
+            lines += [f"Run by hand as `{command}`.\n" for command in sorted(given)]
     if results["maps"]:
         lines += [
             "## Pure linear attention, every map at its best of three learning rates",
