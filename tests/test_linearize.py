@@ -148,9 +148,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(folder, whole, stage, tm
         if stage == "transfer":
             patch.setattr("hyena_hf.linear_attention.transfer._check_finite", Killer(after=12))
         else:
-            patch.setattr(
-                "training.fine_tuner.divergence_from_teacher", Killer(after=25, call=divergence_from_teacher)
-            )
+            patch.setattr("training.imitation.divergence_from_teacher", Killer(after=25, call=divergence_from_teacher))
         with pytest.raises(KeyboardInterrupt):
             run(folder, tmp_path)
     report = run(folder, tmp_path)
