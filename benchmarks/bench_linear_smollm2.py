@@ -37,8 +37,9 @@ from benchmarks.training_runs import ROOT
 from hyena_hf.feature_maps import FEATURE_MAPS
 from hyena_hf.tokenization_byte import HyenaByteTokenizer
 from training.adapters import add_lora
-from training.data import PackedRows, collate_rows, pack_documents, read_documents, split_documents
+from training.data import PackedRows, pack_documents, read_documents, split_documents
 from training.data import stdlib_documents as standard_library
+from training.distill import perplexity
 from training.fine_tuner import FineTuneData, FineTuneRecipe, fine_tune
 from training.imitation import ModelTeacher
 from training.linearize import CHOOSING_ROWS, DTYPES, RANK, linearize, load, parse_arguments
@@ -194,7 +195,7 @@ def window_alone(plan: Plan, text: Text, output: Path) -> dict[str, Any]:
     same.load_state_dict(text.model.state_dict())
     same.save_pretrained(output / "untrained")  # its name is what an adapter remembers
     student: Any = AutoModelForCausalLM.from_pretrained(output / "untrained", dtype=text.model.dtype)
-    before = {name: _perplexity(student, rows) for name, rows in text.held_out.items()}
+    before = {name: perplexity(student, rows, batch_size=1) for name, rows in text.held_out.items()}
     torch.manual_seed(0)
     recipe = FineTuneRecipe(
         task="lm",
@@ -214,24 +215,13 @@ def window_alone(plan: Plan, text: Text, output: Path) -> dict[str, Any]:
         teacher=ModelTeacher(text.model),
     )
     trained = AutoModelForCausalLM.from_pretrained(result.model_dir, dtype=text.model.dtype)
-    after = {name: _perplexity(trained, rows) for name, rows in text.held_out.items()}
-    softmax = {name: _perplexity(text.model, rows) for name, rows in text.held_out.items()}
+    after = {name: perplexity(trained, rows, batch_size=1) for name, rows in text.held_out.items()}
+    softmax = {name: perplexity(text.model, rows, batch_size=1) for name, rows in text.held_out.items()}
     named = {"transferred": before, "trained": after}
-    perplexity = {stage: {rows: {"window": value} for rows, value in of.items()} for stage, of in named.items()}
+    found = {stage: {rows: {"window": value} for rows, value in of.items()} for stage, of in named.items()}
     for rows, value in softmax.items():
-        perplexity["transferred"][rows]["softmax"] = value
-    return {"perplexity": perplexity}
-
-
-@torch.no_grad()
-def _perplexity(model: Any, rows: PackedRows) -> float:
-    nats, tokens = 0.0, 0
-    for index in range(len(rows)):
-        batch = collate_rows([rows[index]])
-        count = int((batch["labels"][:, 1:] >= 0).sum())
-        nats += float(model.eval()(**batch, use_cache=False).loss.double()) * count
-        tokens += count
-    return float(torch.tensor(nats / tokens).exp())
+        found["transferred"][rows]["softmax"] = value
+    return {"perplexity": found}
 
 
 def ratio(result: dict[str, Any], stage: str, rows: str, attention: str) -> float | None:

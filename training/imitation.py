@@ -56,11 +56,12 @@ class FormerSelf:
             raise ValueError("a model that is trained in full is not its own teacher any more; give a copy of it")
         inner: Any = unwrap(student)
         with torch.no_grad(), _evaluating(student), student.disable_adapter(), attention_mode(inner, "softmax"):
-            return last_states(student, inputs), head_of(inner)
+            hidden = inner.base_model(**inputs, use_cache=False).last_hidden_state
+        return hidden, head_of(inner)
 
 
 def last_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Last hidden states (B, L, D), through the whole model: wrappers such as FSDP's work where it is called."""
+    """Last hidden states (B, L, D), through the whole model, where wrappers share gradients among devices."""
     return model(**inputs, use_cache=False, logits_to_keep=1, output_hidden_states=True).hidden_states[-1]
 
 

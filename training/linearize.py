@@ -45,7 +45,6 @@ from transformers.utils import logging as transformers_logging
 import hyena_hf  # noqa: F401  registers the Auto classes
 from hyena_hf.feature_maps import FEATURE_MAPS
 from hyena_hf.linear_attention import TransferReport, attention_transfer, convert_attention
-from hyena_hf.linear_attention.modes import linear_attentions
 from hyena_hf.linear_attention.transfer import measure_branches, measure_layers
 from training.adapters import add_lora
 from training.data import PackedRows, collate_rows, module_name, pack_documents, read_documents, split_documents
@@ -86,6 +85,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         options.length, options.rows = min(options.length, 64), 4
     if options.full and options.lora is not None:
         parser.error("--full trains everything; leave --lora out")
+    if options.full and options.dtype != "float32":
+        parser.error("--full trains the weights themselves, and small steps vanish in bfloat16; leave --dtype out")
     return options
 
 
@@ -134,7 +135,7 @@ def load(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """A language model with softmax attention and its tokenizer; weights of a GGUF file are dequantised.
 
     Raises:
-        ValueError: A folder without a model, or a tokenizer without an end of text.
+        ValueError: There is no such GGUF file.
     """
     path = Path(source)
     if path.suffix == ".gguf":
@@ -308,11 +309,10 @@ def _tuned(
         evaluate_every=options.evaluate_every,
         seed=options.seed,
     )
-    for layer in linear_attentions(converted).values():
-        layer.float()  # steps of 1e-3 vanish in bfloat16
-    student = (
-        converted.requires_grad_(requires_grad=True) if options.full else add_lora(converted, "lm", options.lora or 16)
-    )
+    if options.full:
+        student = converted.requires_grad_(requires_grad=True)
+    else:
+        student = add_lora(converted, "lm", options.lora or RANK)
     result = fine_tune(
         student,
         FineTuneData(train_rows, validation.first(CHOOSING_ROWS)),

@@ -4,8 +4,9 @@
     python -m training.memory_plan config.json --lora 16 --device-memory 24
 
 The model is made on the meta device from its configuration, converted, given its adapters, and its forward is run
-there: counts of weights, maps and adapters, and the bytes that backward keeps, are those of the real run. Working
-memory (a block of logits, of attention weights) comes on top; it does not grow with the number of layers.
+there: counts of weights, maps and adapters, and the bytes that backward keeps, are those of the real run; what one
+layer keeps in the transfer is bounded by its share of that. Working memory (a block of logits, of attention weights)
+comes on top; it does not grow with the number of layers.
 
 Per device, b bytes a weight, N devices:
 
@@ -82,11 +83,9 @@ def make_plan(config: Any, options: argparse.Namespace) -> Plan:
     converted: Any = convert_attention(
         model, feature_map=options.feature_map, feature_dim=options.feature_dim, window=options.window
     )
-    layers = linear_attentions(converted)
-    maps = sum(p.numel() for layer in layers.values() for p in layer.parameters())
-    for layer in layers.values():
-        layer.float()
-    weights = _bytes(converted) - 4 * maps
+    layers = linear_attentions(converted).values()
+    maps = sum(p.numel() for layer in layers for p in layer.parameters())
+    weights = _bytes(converted) - sum(map(_bytes, layers))
     blocks: Any = converted.base_model.layers if hasattr(converted.base_model, "layers") else converted.base_model.h
     adapted = add_lora(converted, "lm", options.lora)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)

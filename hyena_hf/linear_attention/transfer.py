@@ -149,8 +149,10 @@ def attention_transfer(
             raise ValueError(f"held_out needs batches with a token to predict, got lengths {sizes}")
     if not any(list(layer.parameters()) for layer in layers.values()):
         raise ValueError("these feature maps have nothing to train; convert to a learned one, such as 'hedgehog'")
-    setting = {"steps": steps, "loss": loss, "learning_rate": learning_rate, "model": _sums_of_weights(model)}
-    kept = None if work_dir is None else _Kept(Path(work_dir) / STATE_FILE, setting)
+    kept = None
+    if work_dir is not None:
+        setting = {"steps": steps, "loss": loss, "learning_rate": learning_rate, "model": _sums_of_weights(model)}
+        kept = _Kept(Path(work_dir) / STATE_FILE, setting)
     with _trainable(model, layers):
         losses = _train(model, layers, batches, steps, loss, learning_rate, progress, kept)
     if held_out is None:
@@ -476,7 +478,13 @@ def measure_branches(
 
     Returns:
         Perplexities by name.
+
+    Raises:
+        ValueError: There is no such attention, or the batches hold no token to predict.
     """
+    unknown = set(attentions or ()) - {"converted", *MODES}
+    if unknown:
+        raise ValueError(f"no attention is called {sorted(unknown)}; choose among converted, {', '.join(MODES)}")
     if not model.can_generate():
         return {}
     windows = all(layer.window for layer in linear_attentions(model).values())

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear_attention import SoftmaxWindow, _log_products
+from .linear_attention import SoftmaxWindow, _by_key_head, _grouped, _log_products
 
 
 # Queries of a block; and its weights, so many that they stay in the cache of a processor, or fill an accelerator.
@@ -212,16 +212,6 @@ def _with_window(logs: Tensor, scores: Tensor, factor: Tensor, near: Tensor, log
     if not log_features:  # relative to the largest score of the window: that is the formula
         scores = scores - scores.amax(dim=-1, keepdim=True)
     return torch.where(near, scores + factor.view(1, logs.shape[1], -1, 1, 1), logs)
-
-
-def _by_key_head(x: Tensor, groups: int) -> Tensor:
-    """(B, H, n, X) as (B, K, G n, X)."""
-    return x.reshape(x.shape[0], x.shape[1] // groups, groups * x.shape[2], x.shape[3])
-
-
-def _grouped(x: Tensor, groups: int) -> Tensor:
-    """(B, K, G n, X) as (B, K, G, n, X)."""
-    return x.unflatten(2, (groups, -1))
 
 
 __all__ = ["attention_divergence"]
