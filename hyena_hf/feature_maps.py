@@ -14,9 +14,9 @@
 | taylor | [1, z, z z^T / sqrt(2)] | Hedgehog paper; Arora et al. 2024, arXiv 2402.18668 |
 
 In the last two z = x / P^(1/4), so that they estimate exp(s), and 1 + s + s^2 / 2, of the scaled score s.
-W and b belong to one head of one layer, with one map for queries and one for keys; W starts as the identity (with more
-features than the head is wide, beside orthogonal matrices). Maps act
-after the rotary embedding and hold no scaling of scores. Exponential maps give logarithms of features
+W and b belong to one head of one layer, with one map for queries and one for keys; W starts as a multiple of the
+identity (with more features than the head is wide, beside orthogonal matrices). Maps act after the rotary embedding and
+hold no scaling of scores. Exponential maps give logarithms of features
 (`hyena_hf.ops.linear_attention`); features are computed in float32 at least.
 
 B batch, H heads, n tokens, P head width, D outputs of a learned map, F features.
@@ -36,6 +36,9 @@ class FeatureMap(nn.Module):
         head_dim: P.
         feature_dim: Width of what is learned or drawn (D); None: P. Maps without any refuse a number.
         max_length: Positions that a map of positions covers.
+        initial_scale: Factor on the first weights of a learned map. With P^(1/4) the logarithm of a weight begins as
+            softmax attention's does for small queries and keys, with q . k / sqrt(P); with 1 it is q . k / P, so that
+            weights of untrained queries and keys differ sqrt(P) times less, and learning them takes longer.
     """
 
     is_log = False  # whether logarithms of features come out
@@ -43,7 +46,14 @@ class FeatureMap(nn.Module):
     sums_exponentials = False  # whether phi(q) . phi(k) is a sum of exponentials without a factor
     num_features: int
 
-    def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None, max_length: int = 1) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        feature_dim: int | None = None,
+        max_length: int = 1,
+        initial_scale: float = 1.0,
+    ) -> None:
         super().__init__()
         if not self.has_feature_dim and feature_dim is not None:
             raise ValueError(f"{type(self).__name__} has a fixed number of features, got feature_dim={feature_dim}")
@@ -51,7 +61,16 @@ class FeatureMap(nn.Module):
             raise ValueError(f"feature_dim must be at least 1, got {feature_dim}")
         self.num_heads, self.head_dim, self.max_length = num_heads, head_dim, max_length
         self.feature_dim = head_dim if feature_dim is None else feature_dim
-        self.num_features = self.feature_dim
+        self.initial_scale = initial_scale
+        self.num_features = self.count_features()
+        self.add_tensors()
+
+    def count_features(self) -> int:
+        """F."""
+        return self.feature_dim
+
+    def add_tensors(self) -> None:
+        """Give the module what it learns or keeps."""
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Features of queries or keys.
@@ -86,13 +105,14 @@ class LearnedMap(FeatureMap):
 
     has_feature_dim = True
 
-    def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None, max_length: int = 1) -> None:
-        super().__init__(num_heads, head_dim, feature_dim, max_length)
+    def add_tensors(self) -> None:
+        """W and b."""
         self.weight = nn.Parameter(self.initial_weight())
-        self.bias = nn.Parameter(torch.zeros(num_heads, self.feature_dim))
+        self.bias = nn.Parameter(torch.zeros(self.num_heads, self.feature_dim))
 
     def initial_weight(self) -> Tensor:
-        """The identity in every head (H, P, D), cut to D columns, or followed by orthogonal matrices where D is more.
+        """`initial_scale` times the identity in every head (H, P, D), cut to D columns, or with orthogonal matrices
+        behind it where D is more.
 
         Not by zeros: a column of zeros in both maps has no gradient in [exp(y), exp(-y)], and several have the same
         in the other maps, so they would stay one feature. The matrices are alike in all maps of these widths.
@@ -101,7 +121,8 @@ class LearnedMap(FeatureMap):
         blocks = [torch.eye(self.head_dim)]
         for _ in range(1, -(-self.feature_dim // self.head_dim)):
             blocks.append(_orthogonal_matrix(self.head_dim, generator).to(blocks[0]))
-        return torch.cat(blocks, dim=1)[:, : self.feature_dim].repeat(self.num_heads, 1, 1)
+        one_head = torch.cat(blocks, dim=1)[:, : self.feature_dim]
+        return self.initial_scale * one_head.repeat(self.num_heads, 1, 1)
 
     def project(self, x: Tensor) -> Tensor:
         """W^T x + b for x (B, H, n, P), (B, H, n, D)."""
@@ -115,9 +136,9 @@ class HedgehogMap(LearnedMap):
     is_log = True
     sums_exponentials = True
 
-    def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None, max_length: int = 1) -> None:
-        super().__init__(num_heads, head_dim, feature_dim, max_length)
-        self.num_features = 2 * self.feature_dim
+    def count_features(self) -> int:
+        """Two of every y."""
+        return 2 * self.feature_dim
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:  # noqa: ARG002 (one interface)
         """Logarithms of features, as in `FeatureMap.forward`."""
@@ -188,9 +209,9 @@ class SharperExpMap(ExpMap):
 class CosformerMap(FeatureMap):
     """relu(x) [cos(a), sin(a)], a = pi i / 2 M: phi(q) . phi(k) = relu(q) . relu(k) cos(pi (i - j) / 2 M)."""
 
-    def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None, max_length: int = 1) -> None:
-        super().__init__(num_heads, head_dim, feature_dim, max_length)
-        self.num_features = 2 * head_dim
+    def count_features(self) -> int:
+        """Two of every coordinate."""
+        return 2 * self.head_dim
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Features, as in `FeatureMap.forward`."""
@@ -209,8 +230,8 @@ class PerformerMap(FeatureMap):
     has_feature_dim = True
     directions: Tensor
 
-    def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None, max_length: int = 1) -> None:
-        super().__init__(num_heads, head_dim, feature_dim, max_length)
+    def add_tensors(self) -> None:
+        """Directions w."""
         # saved with the model: other directions are another map, and queries and keys must share theirs
         self.register_buffer("directions", self.initial_directions().to(torch.get_default_dtype()))
 
@@ -234,9 +255,9 @@ class PerformerMap(FeatureMap):
 class TaylorMap(FeatureMap):
     """[1, z, z z^T / sqrt(2)]; products of two coordinates once, with weight 1, instead of twice."""
 
-    def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None, max_length: int = 1) -> None:
-        super().__init__(num_heads, head_dim, feature_dim, max_length)
-        self.num_features = 1 + head_dim + head_dim * (head_dim + 1) // 2
+    def count_features(self) -> int:
+        """One, all coordinates, all products of two."""
+        return 1 + self.head_dim + self.head_dim * (self.head_dim + 1) // 2
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:  # noqa: ARG002 (one interface)
         """Features, as in `FeatureMap.forward`."""
@@ -261,7 +282,12 @@ FEATURE_MAPS: dict[str, type[FeatureMap]] = {
 
 
 def make_feature_map(
-    name: str, num_heads: int, head_dim: int, feature_dim: int | None = None, max_length: int = 1
+    name: str,
+    num_heads: int,
+    head_dim: int,
+    feature_dim: int | None = None,
+    max_length: int = 1,
+    initial_scale: float = 1.0,
 ) -> FeatureMap:
     """A feature map by its name in the table; the other arguments as in `FeatureMap`.
 
@@ -270,7 +296,7 @@ def make_feature_map(
     """
     if name not in FEATURE_MAPS:
         raise ValueError(f"no feature map is called {name!r}; known are {', '.join(FEATURE_MAPS)}")
-    return FEATURE_MAPS[name](num_heads, head_dim, feature_dim, max_length)
+    return FEATURE_MAPS[name](num_heads, head_dim, feature_dim, max_length, initial_scale)
 
 
 __all__ = ["FEATURE_MAPS", "FeatureMap", "LearnedMap", "PerformerMap", "make_feature_map"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyena_hf import HyenaConfig
+from hyena_hf import HyenaConfig, HyenaForCausalLM
 from hyena_hf.configuration_hyena import FEATURE_MAP_NAMES
 from hyena_hf.feature_maps import FEATURE_MAPS, FeatureMap, LearnedMap, make_feature_map
 from hyena_hf.ops.linear_attention import linear_attention_weights
@@ -55,9 +55,11 @@ def tokens(batch: int = 2) -> Tensor:
 def kernel(phi_q: FeatureMap, phi_k: FeatureMap, q: Tensor, k: Tensor) -> Tensor:
     """phi(q) . phi(k) of all pairs (B, H, n, n)."""
     positions = torch.arange(LENGTH)
-    features = phi_q(q, positions), phi_k(k, positions)
-    q_features, k_features = (x.exp() if phi_q.is_log else x for x in features)
-    return q_features @ k_features.mT
+    return product(phi_q(q, positions), phi_k(k, positions), is_log=phi_q.is_log)
+
+
+def product(q_features: Tensor, k_features: Tensor, *, is_log: bool) -> Tensor:
+    return q_features.exp() @ k_features.exp().mT if is_log else q_features @ k_features.mT
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -75,6 +77,35 @@ def test_learned_maps_start_as_the_identity(name: str, feature_dim: int) -> None
     phi, x = make_feature_map(name, HEADS, WIDTH, feature_dim), tokens()
     features = phi(x).exp() if phi.is_log else phi(x)
     torch.testing.assert_close(features, LEARNED[name](x[..., :feature_dim]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["hedgehog", "hedgehog_softmax", "hedgehog_joint_softmax"])
+@pytest.mark.parametrize("feature_dim", [None, 2 * 6])
+def test_maps_of_a_model_from_scratch_start_with_the_scores_of_softmax_attention(
+    name: str, feature_dim: int | None
+) -> None:
+    width = 6
+    config = HyenaConfig(
+        hidden_size=2 * width,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        layer_types=["hedgehog"],
+        feature_map=name,
+        feature_dim=feature_dim,
+    )
+    layer = HyenaForCausalLM(config).double().model.layers[0].mixer.attention
+
+    def log_weight(q: Tensor, k: Tensor) -> Tensor:
+        features = (phi(x.expand(1, 2, 1, width)) for phi, x in ((layer.q_map, q), (layer.k_map, k)))
+        return product(*features, is_log=layer.is_log)[0, 0].log().squeeze()
+
+    zero = torch.zeros(width, dtype=torch.float64)
+    mixed = torch.autograd.functional.hessian(log_weight, (zero, zero))[0][1]  # of q . k / sqrt(P): I / sqrt(P)
+    expected = torch.eye(width, dtype=torch.float64)
+    if name == "hedgehog_softmax":  # takes no notice of what all y have in common
+        mean = layer.q_map.weight[0].mean(-1, keepdim=True)
+        expected = expected - mean @ mean.mT * width**0.5
+    torch.testing.assert_close(mixed * width**0.5, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", LEARNED)

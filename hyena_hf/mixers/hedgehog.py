@@ -32,6 +32,7 @@ class HedgehogMixer(HeadProjections):
             scaling=self.scaling,
             max_length=config.max_position_embeddings,
             is_causal=config.is_causal,
+            initial_scale=self.head_dim**0.25,
         )
 
     def forward(

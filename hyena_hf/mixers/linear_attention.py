@@ -43,6 +43,7 @@ class LinearAttention(nn.Module):
         scaling: Factor on the scores of softmax attention.
         max_length: Positions that a map of positions covers.
         is_causal: Whether tokens see earlier ones only.
+        initial_scale: As in `FeatureMap`.
     """
 
     def __init__(  # noqa: PLR0913 (sizes of a layer, each needed)
@@ -57,12 +58,14 @@ class LinearAttention(nn.Module):
         scaling: float,
         max_length: int,
         is_causal: bool,
+        initial_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, num_key_value_heads, head_dim
         self.window, self.scaling, self.is_causal = window, scaling, is_causal
-        self.q_map = make_feature_map(feature_map, num_heads, head_dim, feature_dim, max_length)
-        self.k_map = make_feature_map(feature_map, num_key_value_heads, head_dim, feature_dim, max_length)
+        sizes = (head_dim, feature_dim, max_length, initial_scale)
+        self.q_map = make_feature_map(feature_map, num_heads, *sizes)
+        self.k_map = make_feature_map(feature_map, num_key_value_heads, *sizes)
         # asked of the maps here, because adapters may wrap them
         self.is_log, self.sums_exponentials = self.q_map.is_log, self.q_map.sums_exponentials
         self.window_factor = nn.Parameter(self.initial_window_factor()) if window else None
