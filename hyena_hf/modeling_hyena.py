@@ -250,8 +250,9 @@ class HyenaPreTrainedModel(PreTrainedModel):
         | norms: weight, bias | 1, 0 | no | base |
         | mixer.short_conv: weight, bias | U(-1/sqrt(K), 1/sqrt(K)) | no | base |
         | mixer.skip, mixer.residual.skip | N(0, 1) | no | base |
-        | mixer.attention.q_map, .k_map: weight, bias | head_dim^(1/4) I in every head, 0 | no | base |
-        | mixer.attention.window_factor | logit of 0.1 | no | base |
+        | mixer.attention.q_map, .k_map: weight | head_dim^(1/4) I in every head, I beside a window | no | base |
+        | mixer.attention.q_map, .k_map: bias | 0 | no | base |
+        | mixer.attention.window_factor | logit of 0.9 | no | base |
         | mixer.attention.q_map.directions, .k_map.directions (buffers) | formula in feature_maps.py | | |
         | mixer.filter.layers, .output, .reverse_layers, .reverse_output | N(0, r^2), bias 0 | no | filter |
         | mixer.filter.frequency | sine_frequency | no | filter |

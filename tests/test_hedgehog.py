@@ -139,3 +139,19 @@ def test_in_float32_pieces_are_as_close_to_float64_as_the_whole(feature_map):
     mean = {way: float(sum(found)) / len(found) for way, found in errors.items()}
     assert mean["whole"] < 1e-5
     assert max(mean.values()) <= 2 * mean["whole"], mean
+
+
+def test_tokens_of_the_window_count_nearly_as_much_as_others_in_a_model_from_scratch():
+    """A tenth of that, the start of converted models, is lost on untrained weights (linear_attention_tried.md)."""
+    layer = attention_of(linear_attention_window=4)
+    assert layer.window_factor.sigmoid().tolist() == pytest.approx([0.9] * layer.num_heads)
+    assert (layer.q_map.weight[0] == torch.eye(layer.head_dim)).all()
+    alone = attention_of()
+    assert (alone.q_map.weight[0] == alone.head_dim**0.25 * torch.eye(alone.head_dim)).all()
+
+
+def attention_of(**fields):
+    config = HyenaConfig(
+        hidden_size=8, num_hidden_layers=1, layer_types=["hedgehog"], num_attention_heads=2, **fields
+    )
+    return HyenaForCausalLM(config).model.layers[0].mixer.attention

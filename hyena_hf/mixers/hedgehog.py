@@ -32,7 +32,11 @@ class HedgehogMixer(HeadProjections):
             scaling=self.scaling,
             max_length=config.max_position_embeddings,
             is_causal=config.is_causal,
-            initial_scale=self.head_dim**0.25,
+            # measured on a language model and on recall (benchmarks/results/linear_attention_tried.md): alone, linear
+            # attention needs scores as large as softmax's to begin with; beside a window, exponentials that large bury
+            # it. A tenth, as where trained attention is converted, would bury it as well
+            initial_scale=1.0 if config.linear_attention_window else self.head_dim**0.25,
+            initial_window_weight=0.9,
         )
 
     def forward(

@@ -44,6 +44,8 @@ class LinearAttention(nn.Module):
         max_length: Positions that a map of positions covers.
         is_causal: Whether tokens see earlier ones only.
         initial_scale: As in `FeatureMap`.
+        initial_window_weight: What a token of the window counts at first beside one of the linear attention, between 0
+            and 1.
     """
 
     def __init__(  # noqa: PLR0913 (sizes of a layer, each needed)
@@ -59,6 +61,7 @@ class LinearAttention(nn.Module):
         max_length: int,
         is_causal: bool,
         initial_scale: float = 1.0,
+        initial_window_weight: float = 0.1,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, num_key_value_heads, head_dim
@@ -68,12 +71,14 @@ class LinearAttention(nn.Module):
         self.k_map = make_feature_map(feature_map, num_key_value_heads, *sizes)
         # asked of the maps here, because adapters may wrap them
         self.is_log, self.sums_exponentials = self.q_map.is_log, self.q_map.sums_exponentials
+        self.initial_window_weight = initial_window_weight
         self.window_factor = nn.Parameter(self.initial_window_factor()) if window else None
         self.replacement: Replacement | None = None  # see `hyena_hf.linear_attention.modes`
 
     def initial_window_factor(self) -> Tensor:
-        """A logit for each query head (H,): the window's weights count a tenth (LoLCATs)."""
-        return torch.full((self.num_heads,), math.log(0.1 / 0.9))
+        """A logit of `initial_window_weight` for each query head (H,)."""
+        weight = self.initial_window_weight
+        return torch.full((self.num_heads,), math.log(weight / (1 - weight)))
 
     def respond(
         self,
