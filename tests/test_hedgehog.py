@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from hyena_hf import HyenaForCausalLM, HyenaForMaskedLM
+from hyena_hf import HyenaConfig, HyenaForCausalLM, HyenaForMaskedLM
 from tests.models import HEDGEHOG, model_of, new_model, tokens
 
 
@@ -151,7 +151,5 @@ def test_tokens_of_the_window_count_nearly_as_much_as_others_in_a_model_from_scr
 
 
 def attention_of(**fields):
-    config = HyenaConfig(
-        hidden_size=8, num_hidden_layers=1, layer_types=["hedgehog"], num_attention_heads=2, **fields
-    )
+    config = HyenaConfig(hidden_size=8, num_hidden_layers=1, layer_types=["hedgehog"], num_attention_heads=2, **fields)
     return HyenaForCausalLM(config).model.layers[0].mixer.attention
