@@ -3,11 +3,11 @@
 
     python -m benchmarks.bench_linear_gpt2         (--smoke: a few steps, page in runs/smoke)
 
-A byte-level GPT-2 is trained on Python's own standard library (text and recipe of bench_linear_lm). Each way of linear
-attention then takes the place of its softmax in all layers: learned maps have attention transfer first, and all weights
-are trained further on the same text. The softmax model gets the same further training. Each way's learning rate is the
-best of three on the validation text with one seed; the reported runs have other seeds, which change the order of rows.
-A finished run is kept in runs/linear_gpt2 and not repeated by the same code on the same text.
+A byte-level GPT-2 is trained on Python's own standard library (text and recipe of bench_linear_lm). Each way of
+linear attention then takes the place of its softmax in all layers: learned maps have attention transfer first, and all
+weights are trained further on the same text. The softmax model gets the same further training. Each way's learning
+rate is the best of three on the validation text with one seed; the reported runs have other seeds, which change the
+order of rows. A finished run is kept in runs/linear_gpt2 and not repeated by the same code on the same text.
 """
 
 from __future__ import annotations

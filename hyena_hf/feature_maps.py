@@ -15,9 +15,9 @@
 
 In the last two z = x / P^(1/4), so that they estimate exp(s), and 1 + s + s^2 / 2, of the scaled score s.
 W and b belong to one head of one layer, with one map for queries and one for keys; W starts as a multiple of the
-identity (with more features than the head is wide, beside orthogonal matrices). Maps act after the rotary embedding and
-hold no scaling of scores. Exponential maps give logarithms of features
-(`hyena_hf.ops.linear_attention`); features are computed in float32 at least.
+identity (with more features than the head is wide, beside orthogonal matrices). Maps act after the rotary embedding
+and hold no scaling of scores. Exponential maps give logarithms of features (`hyena_hf.ops.linear_attention`); features
+are computed in float32 at least.
 
 B batch, H heads, n tokens, P head width, D outputs of a learned map, F features.
 """
@@ -111,10 +111,9 @@ class LearnedMap(FeatureMap):
         self.bias = nn.Parameter(torch.zeros(self.num_heads, self.feature_dim))
 
     def initial_weight(self) -> Tensor:
-        """`initial_scale` times the identity in every head (H, P, D), cut to D columns, or with orthogonal matrices
-        behind it where D is more.
+        """`initial_scale` times the identity in every head (H, P, D).
 
-        Not by zeros: a column of zeros in both maps has no gradient in [exp(y), exp(-y)], and several have the same
+        It is cut to D columns, or followed by orthogonal matrices where D is more. Not by zeros: a column of zeros in both maps has no gradient in [exp(y), exp(-y)], and several have the same
         in the other maps, so they would stay one feature. The matrices are alike in all maps of these widths.
         """
         generator = torch.Generator().manual_seed(0)
