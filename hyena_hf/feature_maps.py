@@ -113,8 +113,9 @@ class LearnedMap(FeatureMap):
     def initial_weight(self) -> Tensor:
         """`initial_scale` times the identity in every head (H, P, D).
 
-        It is cut to D columns, or followed by orthogonal matrices where D is more. Not by zeros: a column of zeros in both maps has no gradient in [exp(y), exp(-y)], and several have the same
-        in the other maps, so they would stay one feature. The matrices are alike in all maps of these widths.
+        It is cut to D columns, or followed by orthogonal matrices where D is more. Not by zeros: a column of zeros in
+        both maps has no gradient in [exp(y), exp(-y)], and several have the same in the other maps, so they would stay
+        one feature. The matrices are alike in all maps of these widths.
         """
         generator = torch.Generator().manual_seed(0)
         blocks = [torch.eye(self.head_dim)]
