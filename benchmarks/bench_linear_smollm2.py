@@ -42,7 +42,7 @@ from training.data import stdlib_documents as standard_library
 from training.distill import perplexity
 from training.fine_tuner import FineTuneData, FineTuneRecipe, fine_tune
 from training.imitation import ModelTeacher
-from training.linearize import CHOOSING_ROWS, DTYPES, RANK, linearize, load, parse_arguments
+from training.linearize import CHOOSING_ROWS, DTYPES, RANK, REPORT, linearize, load, parse_arguments
 from training.recipe import write_json
 from training.train_lm import SMOKE_CHARACTERS, Encoder, shorten
 from training.warmup import Stage
@@ -83,7 +83,7 @@ def plans(options: argparse.Namespace) -> dict[str, list[Plan]]:
     maps = []
     for name in FEATURE_MAPS:
         first = 0 if name in NO_TRAINING else options.map_steps // 3
-        maps += [Plan(f"{name}-{rate:g}", name, 0, first, options.map_steps - first, rate) for rate in RATES]
+        maps += [Plan(at_rate(name, rate), name, 0, first, options.map_steps - first, rate) for rate in RATES]
     return {"layer": layers, "hybrid": [hybrid], "window": [window], "maps": maps}
 
 
@@ -166,6 +166,7 @@ def run(plan: Plan, text: Text, options: argparse.Namespace, runs: Path) -> None
     if path.exists():
         return
     print(f"{plan.name}: {plan.transfer_steps} + {plan.steps} steps of {options.length} tokens", file=sys.stderr)
+    share_transfer(plan, runs)
     if plan.name == "window":
         report = window_alone(plan, text, runs / plan.name)
     else:
@@ -173,12 +174,30 @@ def run(plan: Plan, text: Text, options: argparse.Namespace, runs: Path) -> None
     write_json(path, {**report, "commit": commit(), "tokens": plan.tokens * options.length})
 
 
+def share_transfer(plan: Plan, runs: Path) -> None:
+    """Give a run of maps what a finished one at another rate began with: its transferred model and perplexities."""
+    if (runs / plan.name).exists() or plan.name != at_rate(plan.feature_map, plan.rate):
+        return
+    for theirs in (runs / at_rate(plan.feature_map, rate) for rate in RATES):
+        if (theirs / "result.smollm2.json").exists():
+            shutil.copytree(theirs / "converted", runs / plan.name / "converted")
+            before = json.loads((theirs / REPORT).read_text())["perplexity"]["transferred"]
+            write_json(runs / plan.name / REPORT, {"perplexity": {"transferred": before}})
+            return
+
+
+def at_rate(feature_map: str, rate: float) -> str:
+    """Name of a run of maps."""
+    return f"{feature_map}-{rate:g}"
+
+
 def flags_of(plan: Plan, options: argparse.Namespace, runs: Path) -> argparse.Namespace:
     """The command line of `training.linearize` that is this run."""
     flags = [options.model, str(runs / plan.name), "--window", str(plan.window), "--feature-map", plan.feature_map]
     flags += ["--transfer-steps", str(plan.transfer_steps), "--steps", str(plan.steps), "--batch-size", "1"]
     flags += ["--learning-rate", str(plan.rate), "--length", str(options.length), "--dtype", options.dtype]
-    flags += ["--evaluate-every", str(max(1, plan.steps // 4))]
+    looks = 4 if plan.window else 1
+    flags += ["--evaluate-every", str(max(1, plan.steps // looks))]
     if plan.layers:
         flags += ["--layers", *map(str, plan.layers)]
     return parse_arguments(flags)

@@ -487,13 +487,17 @@ def measure_branches(
         raise ValueError(f"no attention is called {sorted(unknown)}; choose among converted, {', '.join(MODES)}")
     if not model.can_generate():
         return {}
-    windows = all(layer.window for layer in linear_attentions(model).values())
+    sizes = [layer.window for layer in linear_attentions(model).values()]
+    windows = all(sizes)
     known = ["softmax", "converted", *(["window"] if windows else []), "linear"]
     was_training = model.training
     model.eval()
     found = {}
     try:
         for name in known if attentions is None else [name for name in known if name in attentions]:
+            if name == "linear" and not any(sizes) and "converted" in found:  # there is nothing else in it
+                found[name] = found["converted"]
+                continue
             with nullcontext() if name == "converted" else attention_mode(model, name):  # pyright: ignore (one of MODES)
                 found[name] = _perplexity(model, batches)
     finally:
