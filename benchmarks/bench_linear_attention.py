@@ -3,6 +3,7 @@
     python -m benchmarks.bench_linear_attention                    (--smoke: a tiny random model, 2 rounds)
     python -m benchmarks.bench_linear_attention --model FOLDER     (a Llama that is there already)
     python -m benchmarks.bench_linear_attention --only transfer    (that section alone; the others stay on the page)
+    python -m benchmarks.bench_linear_attention --trained FOLDER   (exactness of converted, trained models as well)
 
 CPU time of one thread, float32, shuffled rounds. Sections and what they take:
 
@@ -67,9 +68,10 @@ MEMORY_LAYERS = (2, 30)
 
 
 class Source(NamedTuple):
-    """The softmax model: a folder or a name on the hub; None: a tiny random one."""
+    """The softmax model, a folder or a name on the hub (None: a tiny random one), and folders of it linearised."""
 
     name: str | None
+    trained: tuple[str, ...] = ()
 
     def model(self, layers: int | None = None) -> Any:
         """The language model in float32, or the first of its layers with the same head."""
@@ -118,6 +120,11 @@ def converted(base: Any, **options: Any) -> Any:
     return shared(convert_attention(base, **options), base)
 
 
+def trained_model(folder: str) -> Any:
+    """A converted model from its folder, in float32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+
+
 # exactness
 
 
@@ -162,8 +169,13 @@ def exactness(settings: Settings, source: Source) -> Page:
     lengths, new = ((12, 7, 3), 4) if settings.smoke else (LENGTHS, NEW)
     rows = list(source.text(sum(lengths))[0].split(lengths))
     errors: dict[str, list[str]] = {}
-    for options in tqdm(WAYS.values(), desc="exactness"):
-        model = converted(base, **options, init="random")
+    makers: dict[str, Callable[[], Any]] = {
+        f"{way}, a random rotation": partial(converted, base, **options, init="random")
+        for way, options in WAYS.items()
+    }
+    makers |= {f"trained: {Path(folder).name}": partial(trained_model, folder) for folder in source.trained}
+    for make in tqdm(makers.values(), desc="exactness"):
+        model = make()
         truths = [call(model, row[None])[0] for row in rows]
         finer = copy.deepcopy(model).double()
         exact = [call(finer, row[None])[0] for row in rows]
@@ -185,13 +197,13 @@ def exactness(settings: Settings, source: Source) -> Page:
         errors.setdefault("three beams with a cache, against none", []).append(beams(model, rows[1:3], new))
     lines = [
         "## Exactness",
-        f"Weights of {source}, feature maps a random rotation of every head, text of {', '.join(map(str, lengths))} "
-        f"tokens. Largest error of a row's logits against the row alone in one call without a cache, relative to "
-        f"max(1, largest logit); in brackets absolute. Bound: {BOUND:.0e} relative. Beams: {new} tokens of two rows, "
-        f"padded on the left. Small random models of three families stand in the table of `python -m "
-        f"evaluation.exactness`, with more situations.",
+        f"Weights of {source}, feature maps a random rotation of every head or trained, all in float32; text of "
+        f"{', '.join(map(str, lengths))} tokens. Largest error of a row's logits against the row alone in one call "
+        f"without a cache, relative to max(1, largest logit); in brackets absolute. Bound: {BOUND:.0e} relative. "
+        f"Beams: {new} tokens of two rows, padded on the left. Small random models of three families stand in the "
+        f"table of `python -m evaluation.exactness`, with more situations.",
         "",
-        *markdown_table(["situation", *WAYS], [(name, *cells) for name, cells in errors.items()]),
+        *markdown_table(["situation", *makers], [(name, *cells) for name, cells in errors.items()]),
     ]
     return lines, {}
 
@@ -597,11 +609,12 @@ SECTIONS = {
 
 
 def main() -> None:
-    """One option of its own, before those of all benchmarks."""
+    """Two options of its own, before those of all benchmarks."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--model", default=PUBLISHED)
+    parser.add_argument("--trained", nargs="+", default=[])
     own, sys.argv[1:] = parser.parse_known_args()
-    source = Source(None if "--smoke" in sys.argv else own.model)
+    source = Source(None, ()) if "--smoke" in sys.argv else Source(own.model, tuple(own.trained))
     sections = {key: partial(section, source=source) for key, section in SECTIONS.items()}
     run_sections("linear_attention", "Linear attention from trained attention", __doc__, sections)
 

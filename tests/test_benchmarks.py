@@ -244,9 +244,11 @@ def test_every_section_of_the_page_on_generation_runs_on_tiny_shapes(key):
 
 
 @pytest.fixture(scope="module")
-def pages_on_linear_attention():
+def pages_on_linear_attention(tmp_path_factory):
     """Every section of the page on tiny shapes, its tables by rows of cells."""
-    settings, source = timing.Settings(rounds=2, smoke=True), bench_linear_attention.Source(None)
+    folder = str(tmp_path_factory.mktemp("trained"))
+    bench_linear_attention.converted(bench_linear_attention.Source(None).model(), window=5).save_pretrained(folder)
+    settings, source = timing.Settings(rounds=2, smoke=True), bench_linear_attention.Source(None, (folder,))
     found = {}
     for key, section in bench_linear_attention.SECTIONS.items():
         (heading, *lines), _ = section(settings, source)
@@ -261,8 +263,8 @@ def test_every_section_of_the_page_on_linear_attention_has_rows(pages_on_linear_
 
 def test_the_page_on_linear_attention_finds_every_situation_within_its_bound(pages_on_linear_attention):
     rows = pages_on_linear_attention["exactness"]
-    assert sum(cell.count("within the bound") for row in rows for cell in row) == 10
-    assert sum(cell.startswith("identical") for row in rows for cell in row) == 2
+    assert sum(cell.count("within the bound") for row in rows for cell in row) == 15
+    assert sum(cell.startswith("identical") for row in rows for cell in row) == 3
 
 
 def test_the_page_on_linear_attention_shows_what_a_coarse_normaliser_loses(pages_on_linear_attention):
