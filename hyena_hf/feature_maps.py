@@ -127,7 +127,10 @@ class LearnedMap(FeatureMap):
     def project(self, x: Tensor) -> Tensor:
         """W^T x + b for x (B, H, n, P), (B, H, n, D)."""
         exact = _exact(x)
-        return exact @ self.weight.to(exact.dtype) + self.bias.to(exact.dtype).unsqueeze(1)
+        # one product of a head for all rows: matmul would copy the weights for each of them
+        by_head = exact.transpose(0, 1).flatten(1, 2)
+        y = torch.baddbmm(self.bias.to(exact.dtype).unsqueeze(1), by_head, self.weight.to(exact.dtype))
+        return y.unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1)
 
 
 class HedgehogMap(LearnedMap):

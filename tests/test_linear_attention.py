@@ -267,12 +267,30 @@ def test_many_steps_of_equal_keys_do_not_drift(log: bool) -> None:
     assert (torch.cat(outputs, dim=2) - mean).abs().max() < 2e-6
 
 
+@every_form
+@windows
+@pytest.mark.parametrize("masked", [False, True])
+def test_features_of_keys_that_stay_inside_the_window_are_not_read(log: bool, size: int, masked: bool) -> None:
+    x = operands(37, log=log).to(torch.float32)
+    mask = torch.rand(2, 37) > 0.3 if masked else None
+    options = {"log_features": log, "window": x.window(size), "mask": mask}
+    y, state = causal_linear_attention(x.q, x.k, x.v, **options)
+    fewer = x.k[:, :, : max(0, 37 - max(size, 1) + 1)]
+    again, same = causal_linear_attention(x.q, fewer, x.v, **options)
+    assert again.equal(y)
+    assert all(a is b is None or a.equal(b) for a, b in zip(same, state, strict=True))
+    if size > 2:
+        with pytest.raises(ValueError, match="last ones of a window"):
+            causal_linear_attention(x.q, x.k[:, :, :-1], x.v, **options)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"q": torch.zeros(2, 3, 8, 6)}, "multiple of the key heads"),
         ({"q": torch.zeros(2, 4, 8, 5)}, "n at most N"),
         ({"v": torch.zeros(2, 2, 7, 5)}, "n at most N"),
+        ({"v": torch.zeros(2, 2, 9, 5)}, "in all 9 columns"),
         ({"q": torch.zeros(4, 8, 6)}, "expected q"),
         ({"q": torch.zeros(2, 4, 3, 6)}, "earlier keys belong in the state"),
     ],

@@ -132,6 +132,15 @@ def assert_close(found, expected, tolerance=1e-6):
     assert relative_error(found, expected) <= tolerance
 
 
+@every_form
+def test_features_of_keys_that_stay_inside_the_window_may_be_left_out(log):
+    x = make_inputs(37, log=log)
+    y, state = attend(x, "triton", log=log, size=6)
+    again, same = attend(x._replace(k=x.k[:, :, :-5]), "triton", log=log, size=6)
+    assert again.equal(y)
+    assert all(a is b is None or a.equal(b) for a, b in zip(same, state, strict=True))
+
+
 # against the oracles
 
 

@@ -91,9 +91,11 @@ class LinearAttention(nn.Module):
         """Causal attention of the last n columns to all, as `LinearOperator` says: q (B, H P, n) -> (B, H P, n)."""
         query, (key, value) = self.heads(q), map(self.heads, kv.chunk(2, dim=1))
         first = None if positions is None else positions[..., kv.shape[-1] - q.shape[-1] :]
+        seen = max(0, kv.shape[-1] - max(self.window, 1) + 1)  # keys that leave the window, all without one
+        past = None if positions is None else positions[..., :seen]
         y, state = causal_linear_attention(
             self.query_features(query, first),
-            self.k_map(key, positions),
+            self.k_map(key[:, :, :seen], past),
             value,
             log_features=self.is_log,
             window=self.softmax_window(query, key),

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .backends import triton_linear
@@ -115,7 +115,8 @@ def causal_linear_attention(  # noqa: PLR0913 (what is attended to, how, and by 
 
     Args:
         q: Features of queries (B, H, n, F), or their logarithms.
-        k: Features of keys (B, K, N, F), or their logarithms; K divides H.
+        k: Features of keys (B, K, N, F), or their logarithms; K divides H. Those of the last `window.size - 1` columns
+            are not read and may be left out.
         v: Values (B, K, N, P).
         log_features: Whether q and k are logarithms of features.
         window: Softmax attention to the nearest tokens.
@@ -137,6 +138,7 @@ def causal_linear_attention(  # noqa: PLR0913 (what is attended to, how, and by 
     delay = 0 if window is None else window.size
     groups = q.shape[1] // k.shape[1]
     if _chosen(backend, q, k, v, state, log_features, chunk_size) == "triton":
+        k = nn.functional.pad(k, (0, 0, 0, v.shape[2] - k.shape[2]))
         linear, state = _fused_sums(q, k, v, mask, state, delay, log_features, chunk_size)
         near = None
         if window is not None:
@@ -172,7 +174,7 @@ def bidirectional_linear_attention(
         ValueError: Shapes do not fit together.
     """
     _check(q, k, v, window, mask, None, log_features, chunk_size)
-    if q.shape[2] != k.shape[2]:
+    if not q.shape[2] == k.shape[2] == v.shape[2]:
         raise ValueError(f"bidirectional attention takes as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
     groups = q.shape[1] // k.shape[1]
     queries, keys, values = _operands(q, k, v, log_features, mask)
@@ -284,10 +286,10 @@ def _accumulated(state: LinearState, added: Tensor, log_scale: Tensor | None) ->
     """A state with something added to its sums, and what rounding does to them kept in the carry."""
     if state.carry is None:
         return LinearState(state.sums + added, log_scale, None)
-    added = added - state.carry.to(added.dtype)
+    added = added - state.carry
     sums = state.sums + added
-    carry = (sums.detach() - state.sums.detach()) - added.detach()
-    return LinearState(sums, log_scale, carry.to(_carry_dtype()))
+    carry = sums.detach() - state.sums.detach()
+    return LinearState(sums, log_scale, carry.sub_(added.detach()).to(_carry_dtype()))
 
 
 def _carry_dtype() -> torch.dtype:
@@ -313,7 +315,7 @@ def _operands(
     dtype = _exact(torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype))
     q, k, values = q.to(dtype), k.to(dtype), with_ones(v, mask).to(dtype)
     if mask is not None:
-        k = k.masked_fill(~mask[:, None, :, None], -math.inf if log_features else 0)
+        k = k.masked_fill(~mask[:, None, : k.shape[2], None], -math.inf if log_features else 0)
     return q, k, values
 
 
@@ -367,7 +369,7 @@ def _linear_sums(
     q: Tensor, k: Tensor, values: Tensor, state: LinearState, delay: int, groups: int, chunk: int
 ) -> tuple[_Sums, LinearState]:
     """Sums over keys at least `delay` columns before each query, and the state behind max(1, delay) - 1 columns."""
-    total, new = k.shape[2], q.shape[2]
+    total, new = values.shape[2], q.shape[2]
     first = total - new  # column of the first query
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, values, state.sums))
     stride = chunk * _KEPT_CHUNKS if needs_grad else max(new, 1)
@@ -558,28 +560,22 @@ def _check(
     chunk_size: int,
 ) -> None:
     """Refuse operands that do not fit together."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not (q.ndim == k.ndim == v.ndim == 4):
-        raise ValueError(f"expected q (B, H, n, F), k (B, K, N, F) and v (B, K, N, P), got {shapes}")
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] > k.shape[2]:
-        raise ValueError(
-            f"expected q (B, H, n, F), k (B, K, N, F) and v (B, K, N, P) with n at most N, got {shapes}; queries are "
-            f"those of the last columns of the keys"
-        )
+    _check_columns(q, k, v, window)
+    total = v.shape[2]
     if not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(f"the query heads ({q.shape[1]}) must be a multiple of the key heads ({k.shape[1]})")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (k.shape[0], k.shape[2])):
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (len(v), total)):
         raise ValueError(
-            f"mask must be bool of shape {(len(k), k.shape[2])}, one number a key, True for keys that exist, got "
+            f"mask must be bool of shape {(len(v), total)}, one number a key, True for keys that exist, got "
             f"{mask.dtype} {tuple(mask.shape)}"
         )
     if window is not None:
-        _check_window(window, q, k)
-    elif q.shape[2] != k.shape[2]:
+        _check_window(window, q, v)
+    elif q.shape[2] != total:
         raise ValueError(
-            f"without a window every key is that of a query, got {q.shape[2]} queries and {k.shape[2]} keys; earlier "
+            f"without a window every key is that of a query, got {q.shape[2]} queries and {total} keys; earlier "
             f"keys belong in the state"
         )
     if state is not None:
@@ -592,15 +588,32 @@ def _check(
             )
 
 
-def _check_window(window: SoftmaxWindow, q: Tensor, k: Tensor) -> None:
+def _check_columns(q: Tensor, k: Tensor, v: Tensor, window: SoftmaxWindow | None) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not (q.ndim == k.ndim == v.ndim == 4):
+        raise ValueError(f"expected q (B, H, n, F), k (B, K, N, F) and v (B, K, N, P), got {shapes}")
+    total = v.shape[2]
+    wanted = {total} if window is None else {total, max(0, total - window.size + 1)}
+    if k.shape[:2] != v.shape[:2] or len(q) != len(k) or q.shape[3] != k.shape[3] or q.shape[2] > total:
+        raise ValueError(
+            f"expected q (B, H, n, F), k (B, K, N, F) and v (B, K, N, P) with n at most N, got {shapes}; queries are "
+            f"those of the last columns of the keys"
+        )
+    if k.shape[2] not in wanted:
+        raise ValueError(
+            f"expected keys in all {total} columns of the values, or without the last ones of a window, got {shapes}"
+        )
+
+
+def _check_window(window: SoftmaxWindow, q: Tensor, v: Tensor) -> None:
     if window.size < 1:
         raise ValueError(
             f"a window holds the token itself at least, got size {window.size}; pass window=None for none"
         )
-    if window.query.shape[:3] != q.shape[:3] or window.key.shape[:3] != k.shape[:3]:
+    if window.query.shape[:3] != q.shape[:3] or window.key.shape[:3] != v.shape[:3]:
         raise ValueError(
-            f"the window's query and key must have the rows, heads and columns of q and k, got "
-            f"{tuple(window.query.shape)} and {tuple(window.key.shape)} for {tuple(q.shape)} and {tuple(k.shape)}"
+            f"the window's query and key must have the rows, heads and columns of q and v, got "
+            f"{tuple(window.query.shape)} and {tuple(window.key.shape)} for {tuple(q.shape)} and {tuple(v.shape)}"
         )
     if window.query.shape[3] != window.key.shape[3]:
         raise ValueError(
