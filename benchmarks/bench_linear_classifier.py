@@ -70,8 +70,8 @@ TRANSFER_STEPS, TRANSFER_RATE = 80, 5e-2
 class Sizes:
     """How much of everything; the defaults are those of the page."""
 
-    train: int = 1200
-    validation: int = 400
+    train: int = 800
+    validation: int = 300
     test: int = 1000
     length: int = 48  # tokens, [CLS] and [SEP] included; longer sentences are cut
     batch: int = 16

@@ -77,7 +77,7 @@ class Sizes:
     """How much of everything; the defaults are those of the page."""
 
     steps: int = 900  # of the softmax model: twice through the text
-    further: int = 225  # of every way
+    further: int = 150  # of every way
     transfer: int = 60
     transfer_rows: int = 8
     looks: int = 9

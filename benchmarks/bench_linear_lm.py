@@ -52,7 +52,7 @@ from training.parameter_groups import get_parameter_groups
 RUNS = ROOT / "runs" / "linear_lm"
 CODE = code_digest(*MODEL_CODE, "training/parameter_groups.py")
 SOFTMAX = "softmax"
-MAPS = ("hedgehog", "hedgehog, window 16", "elu", "cosformer")
+MAPS = ("hedgehog", "hedgehog, window 16", "hedgehog_softmax, window 16", "elu", "cosformer")
 STEPS, CHOICE_STEPS = 450, 150  # of a reported run (one pass), and at most of one that chooses the rate
 GOAL = 0.99  # of softmax's perplexity over the model's
 SELECTION_SEED, SEEDS = 0, (1, 2, 3)
