@@ -85,6 +85,20 @@ def stock(family: str) -> torch.nn.Module:
     return model
 
 
+def stock_encoder() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    return BertModel(config).double().eval().requires_grad_(False)
+
+
 def converted(family: str, way: str) -> torch.nn.Module:
     model = convert_attention(stock(family), **WAYS[way]).requires_grad_(False)
     torch.manual_seed(1)
@@ -254,6 +268,41 @@ def test_a_compiled_training_step_and_compiled_decoding_are_one_graph_each_and_e
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize(
+    ("family", "way", "masked"),
+    [("llama", "pure", True), ("gpt2", "softmax maps, window", False), ("qwen3", "some layers", True)],
+)
+def test_an_exported_model_takes_any_batch_length_and_mask(family, way, masked):
+    """As one product over all pairs: a loop over chunks of an unknown number is nothing that a graph can hold."""
+    model = converted(family, way).requires_grad_(False)
+    dims = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=120)}
+    asked = {"input_ids": dims, "use_cache": None, **({"attention_mask": dims} if masked else {})}
+
+    def inputs(batch: int, length: int) -> dict:
+        torch.manual_seed(length)
+        mask = {"attention_mask": (torch.rand(batch, length) < 0.7).long()} if masked else {}
+        return {"input_ids": torch.randint(0, VOCABULARY, (batch, length)), "use_cache": False, **mask}
+
+    exported = torch.export.export(model, (), inputs(3, 20), dynamic_shapes=asked).module()
+    for shape in ((1, 2), (3, 77), (5, 120)):
+        given = inputs(*shape)
+        kept = given.get("attention_mask", torch.ones(shape)).bool()
+        got, expected = (one(**given).logits for one in (exported, model))
+        torch.testing.assert_close(got[kept], expected[kept], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("way", ["pure", "window"])
+def test_an_exported_encoder_takes_any_batch_and_length(way):
+    model = convert_attention(stock_encoder(), **WAYS[way]).requires_grad_(False)
+    dims = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=64)}
+    given = torch.randint(0, VOCABULARY, (3, 20))
+    exported = torch.export.export(model, (given,), dynamic_shapes=(dims,)).module()
+    for shape in ((1, 2), (5, 32)):
+        ids = torch.randint(0, VOCABULARY, shape)
+        got, expected = (one(ids).last_hidden_state for one in (exported, model))
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
 def test_onnxruntime_computes_the_logits_for_any_batch():
     """The length is that of the export: chunks of the sequence are unrolled."""
@@ -285,17 +334,7 @@ def test_saving_and_loading_through_auto_classes_gives_the_same_model(family, tm
 
 @pytest.mark.parametrize("way", ["pure", "window", "softmax maps, window"])
 def test_an_encoder_equals_the_stock_model_with_the_oracles_attention(way):
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-    )
-    reference = BertModel(config).double().eval().requires_grad_(False)
+    reference = stock_encoder()
     model = convert_attention(reference, **WAYS[way]).requires_grad_(False)
     ids = tokens(2, 20)
     mask = torch.ones_like(ids)

@@ -20,6 +20,7 @@ from hyena_hf.ops.linear_attention import (
     causal_linear_attention,
     empty_state,
     fold,
+    has_unknown_length,
     linear_attention_weights,
     with_ones,
 )
@@ -91,11 +92,13 @@ class LinearAttention(nn.Module):
         """Causal attention of the last n columns to all, as `LinearOperator` says: q (B, H P, n) -> (B, H P, n)."""
         query, (key, value) = self.heads(q), map(self.heads, kv.chunk(2, dim=1))
         first = None if positions is None else positions[..., kv.shape[-1] - q.shape[-1] :]
-        seen = max(0, kv.shape[-1] - max(self.window, 1) + 1)  # keys that leave the window, all without one
-        past = None if positions is None else positions[..., :seen]
+        leaving, past = key, positions
+        if self.window and not has_unknown_length(key):  # features of what stays in the window are not needed
+            leaving = key[:, :, : max(0, key.shape[2] - self.window + 1)]
+            past = None if positions is None else positions[..., : leaving.shape[2]]
         y, state = causal_linear_attention(
             self.query_features(query, first),
-            self.k_map(key[:, :, :seen], past),
+            self.k_map(leaving, past),
             value,
             log_features=self.is_log,
             window=self.softmax_window(query, key),

@@ -32,7 +32,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -147,6 +148,10 @@ def causal_linear_attention(  # noqa: PLR0913 (what is attended to, how, and by 
     queries, keys, values = _operands(q, k, v, log_features, mask)
     if state is None:
         state = empty_state(keys, v.shape[-1], log_features=log_features)
+        if has_unknown_length(v):
+            linear, near = _all_pairs(queries, keys, values, window, mask, groups, logs=log_features, both_sides=False)
+            state = fold(state, _until(keys, delay, logs=log_features), values)
+            return _normalised([linear], near, window, groups).to(v.dtype), state
     linear, state = _linear_sums(queries, keys, values, state, delay, groups, chunk_size)
     near = None if window is None else _window_sums(window, values, mask, groups, chunk_size, both_sides=False)
     return _normalised([linear], near, window, groups).to(v.dtype), state
@@ -182,6 +187,9 @@ def bidirectional_linear_attention(
     if window is None:
         linear = [_state_sums(queries, fold(nothing, keys, values), groups)]
         return _normalised(linear, None, None, groups).to(v.dtype)
+    if has_unknown_length(v):
+        linear, near = _all_pairs(queries, keys, values, window, mask, groups, logs=log_features, both_sides=True)
+        return _normalised([linear], near, window, groups).to(v.dtype)
     earlier, _ = _linear_sums(queries, keys, values, nothing, window.size, groups, chunk_size)
     turned = queries.flip(2), keys.flip(2), values.flip(2)
     later, _ = _linear_sums(turned[0], turned[1], turned[2], nothing, window.size, groups, chunk_size)
@@ -387,6 +395,39 @@ def _linear_sums(
     return _joined(parts), state
 
 
+def has_unknown_length(x: Tensor) -> bool:
+    """Whether a graph for any number of columns of x (B, H, N, P) is being exported."""
+    return torch.compiler.is_exporting() and isinstance(x.shape[2], torch.SymInt)
+
+
+def _all_pairs(
+    q: Tensor,
+    k: Tensor,
+    values: Tensor,
+    window: SoftmaxWindow | None,
+    mask: Tensor | None,
+    groups: int,
+    *,
+    logs: bool,
+    both_sides: bool,
+) -> tuple[_Sums, _Sums | None]:
+    """Linear sums and those of the window over all pairs at once, O(n^2), without a loop over chunks."""
+    column = torch.arange(k.shape[2], device=q.device)
+    distance = column.unsqueeze(1) - column
+    delay = 0 if window is None else window.size
+    linear = _pair_sums(q, k, values, (distance.abs() if both_sides else distance) >= delay, groups, logs=logs)
+    if window is None:
+        return linear, None
+    near = window.query.to(values.dtype), window.key.to(values.dtype), values, mask
+    return linear, _near_sums(*near, 0, window.size - 1, groups, both_sides=both_sides)
+
+
+def _until(k: Tensor, delay: int, *, logs: bool) -> Tensor:
+    """Keys (B, K, N, F), those of the last `delay` - 1 columns turned into nothing."""
+    late = torch.arange(k.shape[2], device=k.device) >= k.shape[2] - max(delay - 1, 0)
+    return k.masked_fill(late.unsqueeze(1), -math.inf if logs else 0)
+
+
 def _checkpointed(arguments: tuple, places: tuple) -> tuple:
     return checkpoint(_run_chunks, arguments, places, use_reentrant=False)  # pyright: ignore (its stub gives None)
 
@@ -433,15 +474,16 @@ def _state_sums(q: Tensor, state: LinearState, groups: int) -> _Sums:
 
 def _pair_sums(q: Tensor, k: Tensor, values: Tensor, visible: Tensor, groups: int, *, logs: bool) -> _Sums:
     """Sums over the keys (B, K, m, F) that each query (B, H, n, F) sees by visible (n, m)."""
-    rows, scale = _by_key_head(q, groups), None
+    rows, hidden = _by_key_head(q, groups), ~visible.repeat(groups, 1)
+    scale = None
     if logs:
-        products = _grouped(_log_products(rows, k), groups)
-        scale = products.detach().masked_fill(~visible, _NOTHING).amax(dim=-1, keepdim=True)
+        products = _log_products(rows, k)
+        scale = products.detach().masked_fill(hidden, _NOTHING).amax(dim=-1, keepdim=True)
         weights = (products - scale).clamp(max=0).exp()
     else:
-        weights = _grouped(rows @ k.mT, groups)
-    weights = weights.masked_fill(~visible, 0).flatten(2, 3)
-    return _Sums(_grouped(weights @ values, groups), scale)
+        weights = rows @ k.mT
+    sums = weights.masked_fill(hidden, 0) @ values
+    return _Sums(_grouped(sums, groups), None if scale is None else _grouped(scale, groups))
 
 
 def _log_products(q: Tensor, k: Tensor) -> Tensor:
@@ -475,19 +517,7 @@ def _window_sums(
     total, new = k.shape[2], q.shape[2]
     first = total - new
     reach = window.size - 1
-
-    def part(q: Tensor, k: Tensor, values: Tensor, filled: Tensor | None, shift: int) -> tuple[Tensor, Tensor]:
-        scores = _grouped(_by_key_head(q, groups) @ k.mT, groups)
-        queries = torch.arange(scores.shape[3], device=q.device) + shift
-        distance = queries.unsqueeze(1) - torch.arange(k.shape[2], device=q.device)
-        hidden = (distance > reach) | (distance < (-reach if both_sides else 0))
-        if filled is not None:
-            hidden = hidden | ~filled[:, None, None, None, :]
-        scores = scores.masked_fill(hidden, -math.inf)
-        top = scores.amax(dim=-1, keepdim=True).clamp(min=_NOTHING)
-        weights = (scores - top).exp().flatten(2, 3)
-        return _grouped(weights @ values, groups), top
-
+    part = partial(_near_sums, reach=reach, groups=groups, both_sides=both_sides)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, values))
     parts = []
     for start in range(0, new, chunk):
@@ -499,9 +529,32 @@ def _window_sums(
             *(None if mask is None else mask[:, low:high], first + start - low),
         )
         several = needs_grad and new > chunk * _KEPT_CHUNKS
-        sums: tuple = checkpoint(part, *arguments, use_reentrant=False) if several else part(*arguments)  # pyright: ignore
-        parts.append(_Sums(*sums))
+        sums: Any = checkpoint(part, *arguments, use_reentrant=False) if several else part(*arguments)
+        parts.append(sums)
     return _joined(parts)
+
+
+def _near_sums(
+    q: Tensor,
+    k: Tensor,
+    values: Tensor,
+    filled: Tensor | None,
+    shift: int,
+    reach: int,
+    groups: int,
+    *,
+    both_sides: bool,
+) -> _Sums:
+    """Sums with softmax weights over keys at most `reach` columns away; `shift` is the column of the first query."""
+    queries = torch.arange(q.shape[2], device=q.device) + shift
+    distance = queries.unsqueeze(1) - torch.arange(k.shape[2], device=q.device)
+    hidden = ((distance > reach) | (distance < (-reach if both_sides else 0))).repeat(groups, 1)
+    if filled is not None:
+        hidden = hidden | ~filled[:, None, None, :]
+    scores = (_by_key_head(q, groups) @ k.mT).masked_fill(hidden, -math.inf)
+    top = scores.amax(dim=-1, keepdim=True).clamp(min=_NOTHING)
+    sums = (scores - top).exp() @ values
+    return _Sums(_grouped(sums, groups), _grouped(top, groups))
 
 
 def _normalised(linear: list[_Sums], near: _Sums | None, window: SoftmaxWindow | None, groups: int) -> Tensor:
@@ -566,9 +619,9 @@ def _check(
         raise ValueError(f"the query heads ({q.shape[1]}) must be a multiple of the key heads ({k.shape[1]})")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (len(v), total)):
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (v.shape[0], total)):
         raise ValueError(
-            f"mask must be bool of shape {(len(v), total)}, one number a key, True for keys that exist, got "
+            f"mask must be bool of shape {(v.shape[0], total)}, one number a key, True for keys that exist, got "
             f"{mask.dtype} {tuple(mask.shape)}"
         )
     if window is not None:
@@ -593,13 +646,13 @@ def _check_columns(q: Tensor, k: Tensor, v: Tensor, window: SoftmaxWindow | None
     if not (q.ndim == k.ndim == v.ndim == 4):
         raise ValueError(f"expected q (B, H, n, F), k (B, K, N, F) and v (B, K, N, P), got {shapes}")
     total = v.shape[2]
-    wanted = {total} if window is None else {total, max(0, total - window.size + 1)}
-    if k.shape[:2] != v.shape[:2] or len(q) != len(k) or q.shape[3] != k.shape[3] or q.shape[2] > total:
+    spare = 0 if window is None else window.size - 1
+    if k.shape[:2] != v.shape[:2] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] > total:
         raise ValueError(
             f"expected q (B, H, n, F), k (B, K, N, F) and v (B, K, N, P) with n at most N, got {shapes}; queries are "
             f"those of the last columns of the keys"
         )
-    if k.shape[2] not in wanted:
+    if k.shape[2] != total and k.shape[2] != max(0, total - spare):
         raise ValueError(
             f"expected keys in all {total} columns of the values, or without the last ones of a window, got {shapes}"
         )
@@ -634,6 +687,7 @@ __all__ = [
     "causal_linear_attention",
     "empty_state",
     "fold",
+    "has_unknown_length",
     "linear_attention_log_weights",
     "linear_attention_weights",
     "with_ones",
