@@ -95,6 +95,13 @@ def main() -> None:
     add("--data", nargs="+", help="text to train on")
     add("--held-out", nargs="+", help="text of another source")
     add("--only", choices=GROUPS, nargs="+", default=list(GROUPS))
+    add(
+        "--maps",
+        choices=FEATURE_MAPS,
+        nargs="+",
+        default=list(FEATURE_MAPS),
+        help="to run; the page has all there are",
+    )
     add("--steps", type=int, default=1940, help="of the hybrid's LoRA (default %(default)s: a million tokens in all)")
     add("--transfer-steps", type=int, default=60)
     add("--map-steps", type=int, default=60, help="of each run of maps, both stages")
@@ -116,6 +123,8 @@ def main() -> None:
     text = Text(options)
     for group in options.only:
         for plan in made[group]:
+            if group == "maps" and plan.feature_map not in options.maps:
+                continue
             run(plan, text, options, runs)
     results = {
         group: [(plan, json.loads(path.read_text())) for plan, path in finished(made[group], runs)] for group in made
