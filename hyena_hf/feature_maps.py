@@ -27,6 +27,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from hyena_hf.ops.precision import outside_autocast
+
 
 class FeatureMap(nn.Module):
     """phi for all heads of the queries, or of the keys, of one layer.
@@ -124,6 +126,7 @@ class LearnedMap(FeatureMap):
         one_head = torch.cat(blocks, dim=1)[:, : self.feature_dim]
         return self.initial_scale * one_head.repeat(self.num_heads, 1, 1)
 
+    @outside_autocast
     def project(self, x: Tensor) -> Tensor:
         """W^T x + b for x (B, H, n, P), (B, H, n, D)."""
         exact = _exact(x)
@@ -248,6 +251,7 @@ class PerformerMap(FeatureMap):
             blocks.append(directions * normal.norm(dim=1, keepdim=True))
         return torch.cat(blocks)[: self.feature_dim]
 
+    @outside_autocast
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:  # noqa: ARG002 (one interface)
         """Logarithms of features, as in `FeatureMap.forward`."""
         z = _exact(x) * self.head_dim**-0.25

@@ -235,3 +235,11 @@ def test_wrong_names_and_widths_are_refused() -> None:
         make_feature_map("elu", 1, 4, feature_dim=8)
     with pytest.raises(ValueError, match="at least 1"):
         make_feature_map("hedgehog", 1, 4, feature_dim=0)
+
+
+@every_map
+def test_autocast_lowers_the_precision_of_no_feature(name: str) -> None:
+    phi, x = a_map(name).float(), tokens().float()
+    expected = phi(x, torch.arange(LENGTH))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert phi(x, torch.arange(LENGTH)).equal(expected)

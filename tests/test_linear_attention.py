@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from hyena_hf.ops.attention_divergence import attention_divergence
 from hyena_hf.ops.linear_attention import (
     LinearState,
     SoftmaxWindow,
     bidirectional_linear_attention,
     causal_linear_attention,
+    fold,
     linear_attention_log_weights,
     linear_attention_weights,
+    with_ones,
 )
 
 
@@ -282,6 +285,27 @@ def test_features_of_keys_that_stay_inside_the_window_are_not_read(log: bool, si
     if size > 2:
         with pytest.raises(ValueError, match="last ones of a window"):
             causal_linear_attention(x.q, x.k[:, :, :-1], x.v, **options)
+
+
+@every_form
+@pytest.mark.parametrize("size", [0, 9], ids=lambda size: f"window {size}")
+def test_autocast_lowers_the_precision_of_no_sum(log: bool, size: int) -> None:
+    x = operands(100, log=log).to(torch.float32)
+    teacher = SoftmaxWindow(x.query, x.key, max(1, size), x.log_weight)
+
+    def everything() -> list[Tensor | None]:
+        window = x.window(size)
+        y, state = causal_linear_attention(x.q, x.k, x.v, log_features=log, window=window)
+        rest = bidirectional_linear_attention(x.q, x.k, x.v, log_features=log, window=window)
+        weights = (linear_attention_weights, linear_attention_log_weights)
+        of_weights = [function(x.q, x.k, log_features=log, window=window) for function in weights]
+        loss = attention_divergence(x.q, x.k, teacher, log_features=log, hybrid=size > 0)
+        return [y, *state, *fold(state, x.k, with_ones(x.v)), rest, *of_weights, loss]
+
+    expected = everything()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = everything()
+    assert all(a is b is None or a.equal(b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(

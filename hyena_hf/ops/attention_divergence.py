@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .linear_attention import SoftmaxWindow, _by_key_head, _grouped, _log_products
+from .precision import outside_autocast
 
 
 # Queries of a block; and its weights, so many that they stay in the cache of a processor, or fill an accelerator.
@@ -43,6 +44,7 @@ class _Setting(NamedTuple):
     window: int  # 0 for none
 
 
+@outside_autocast
 def attention_divergence(
     q: Tensor,
     k: Tensor,

@@ -17,8 +17,8 @@ in the window. Between the tokens of a chunk a weight is exact unless it lies e^
 the largest features of its query and key, and as far below that of its query with the largest keys of the chunk;
 outputs stay means of values beyond that.
 
-Sums run in float32 at least, whatever the dtype of the inputs: a normaliser in bfloat16 stops growing. Nothing is
-added to it: a query that sees no key gets 0.
+Sums run in float32 at least, whatever the dtype of the inputs and under autocast: a normaliser in bfloat16 stops
+growing. Nothing is added to it: a query that sees no key gets 0.
 
 By which backend: `torch` is the formulas below, on every device and in every dtype; `triton` sums chunks in kernels of
 its own, on CUDA devices, and is taken there on its own account where a row is longer than a chunk.
@@ -41,6 +41,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .backends import triton_linear
 from .engine import is_traced
+from .precision import outside_autocast
 
 
 BACKENDS = ("torch", "triton")
@@ -94,6 +95,7 @@ class _Sums(NamedTuple):
     log_scale: Tensor | None
 
 
+@outside_autocast
 def causal_linear_attention(  # noqa: PLR0913 (what is attended to, how, and by whom)
     q: Tensor,
     k: Tensor,
@@ -113,6 +115,7 @@ def causal_linear_attention(  # noqa: PLR0913 (what is attended to, how, and by 
     one, the last `window.size - 1` keys, window keys and values have to be given again.
 
     Time is O(N F (chunk_size + P)) and memory beyond inputs and outputs that of a few chunks, with gradients too.
+    Graphs that are exported for any N hold the parallel form, whatever chunk_size says.
 
     Args:
         q: Features of queries (B, H, n, F), or their logarithms.
@@ -148,7 +151,7 @@ def causal_linear_attention(  # noqa: PLR0913 (what is attended to, how, and by 
     queries, keys, values = _operands(q, k, v, log_features, mask)
     if state is None:
         state = empty_state(keys, v.shape[-1], log_features=log_features)
-        if has_unknown_length(v):
+        if has_unknown_length(v) and q.shape[2] == v.shape[2]:
             linear, near = _all_pairs(queries, keys, values, window, mask, groups, logs=log_features, both_sides=False)
             state = fold(state, _until(keys, delay, logs=log_features), values)
             return _normalised([linear], near, window, groups).to(v.dtype), state
@@ -157,6 +160,7 @@ def causal_linear_attention(  # noqa: PLR0913 (what is attended to, how, and by 
     return _normalised([linear], near, window, groups).to(v.dtype), state
 
 
+@outside_autocast
 def bidirectional_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -224,6 +228,7 @@ def linear_attention_weights(
     return bidirectional_linear_attention(q, k, eye, **options)
 
 
+@outside_autocast
 def linear_attention_log_weights(
     q: Tensor,
     k: Tensor,
@@ -277,6 +282,7 @@ def empty_state(k: Tensor, width: int, *, log_features: bool) -> LinearState:
     return LinearState(sums, scale, None if exact == torch.float64 else torch.zeros_like(sums, dtype=_carry_dtype()))
 
 
+@outside_autocast
 def fold(state: LinearState, k: Tensor, values: Tensor) -> LinearState:
     """Add keys k (B, K, N, F) and values with a column of ones (B, K, N, P + 1) to a state; both as exact as it."""
     if not k.shape[2]:

@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choose the arithmetic of an operator: the dtype of its sums, and no half precision under autocast."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
@@ -11,6 +19,18 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def outside_autocast(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """A function of tensors, or a method, that runs `without_autocast` on the device of the first of them."""
+
+    @wraps(function)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        with without_autocast(first.device):
+            return function(*args, **kwargs)
+
+    return run
 
 
 # Rows up to this length are summed exactly in models of order 2 too: there they cost little beside the projections.
