@@ -237,7 +237,8 @@ class FineTuner(HyenaTrainer):
         if self.teacher is None or self._evaluates:
             return super().compute_loss(model, inputs, *args, **kwargs)
         inner = self.accelerator.unwrap_model(model)
-        return imitation_loss(model, inner, inputs, self.teacher, kwargs.get("num_items_in_batch"))
+        loss = imitation_loss(model, inner, inputs, self.teacher, kwargs.get("num_items_in_batch"))
+        return loss * self.accelerator.num_processes  # which divide by their number the sum over all of them
 
     def _targets(self, labels: Tensor) -> Tensor:
         """The labels that bear a loss."""
