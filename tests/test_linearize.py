@@ -231,7 +231,7 @@ def test_two_processes_do_what_one_does_on_their_rows_together(folder, tmp_path)
         (text / f"{index}.txt").write_text(f"{index} is what document {index} says. " * 5)
     flags = ["--data", str(text), "--length", "32", "--window", "4", "--transfer-steps", "6", "--steps", "6"]
     many = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    reports = []
+    reports, losses = [], []
     for start, rows_of_a_process in (([sys.executable], 4), (many, 2)):
         output = tmp_path / str(rows_of_a_process)
         command = [*start, "-m", "training.linearize", str(folder), str(output), *flags]
@@ -244,6 +244,8 @@ def test_two_processes_do_what_one_does_on_their_rows_together(folder, tmp_path)
             timeout=300,
         )
         reports.append(json.loads((output / "linearize.json").read_text()))
+        losses.append([loss for _, loss in json.loads((output / "result.json").read_text())["loss_curve"]])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     for stage in ("transferred", "trained"):
         one, two = (report["perplexity"][stage]["validation"] for report in reports)
         assert two == pytest.approx(one, rel=1e-4)

@@ -21,6 +21,7 @@ other metrics do not.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -34,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -237,7 +239,8 @@ class FineTuner(HyenaTrainer):
         if self.teacher is None or self._evaluates:
             return super().compute_loss(model, inputs, *args, **kwargs)
         inner = self.accelerator.unwrap_model(model)
-        return imitation_loss(model, inner, inputs, self.teacher, kwargs.get("num_items_in_batch"))
+        loss = imitation_loss(model, inner, inputs, self.teacher, kwargs.get("num_items_in_batch"))
+        return loss * self.accelerator.num_processes  # which divide by their number the sum over all of them
 
     def _targets(self, labels: Tensor) -> Tensor:
         """The labels that bear a loss."""
@@ -326,7 +329,9 @@ def fine_tune(
     keep_merged: bool = True,
     teacher: Teacher | None = None,
 ) -> FineTuneResult:
-    """Fine-tune a model, or go on with a run that was interrupted; works under torchrun.
+    """Fine-tune a model, or go on with a run that was interrupted.
+
+    Works under torchrun, and under `accelerate launch` with FSDP2.
 
     Args:
         model: with the head that the task needs, also inside a `PeftModel` or with frozen parameters. It is trained in
@@ -353,7 +358,9 @@ def fine_tune(
     trainer = _make_trainer(model, data, output_dir, recipe, tokenizer, teacher)
     if trainer.is_world_process_zero():
         this = _description(model, data, recipe, keep_merged=keep_merged)
-        claim(output_dir, this | ({} if teacher is None else {"teacher": type(teacher).__name__}), COMMAND_FILE)
+        this |= {} if teacher is None else {"teacher": type(teacher).__name__}
+        this |= {"sharded": True} if trainer.is_fsdp_enabled else {}  # checkpoints of others hold other files
+        claim(output_dir, this, COMMAND_FILE)
         if not (output_dir / RESULT_FILE).exists():
             _find_best_again(output_dir)
     trainer.accelerator.wait_for_everyone()
@@ -364,7 +371,7 @@ def fine_tune(
     if last is not None and _is_over(last, trainer.args.max_steps, recipe):  # killed before the result was written
         trainer.state = TrainerState.load_from_json(str(last / STATE_FILE))
         trainer.state.best_model_checkpoint = trainer.state.best_model_checkpoint or str(last)
-        trainer._load_best_model()
+        trainer.load_best()
     else:
         trainer.train(resume_from_checkpoint=last is not None)
     adapter_alone = unwrap(model) is not model and not keep_merged
@@ -619,8 +626,11 @@ def _save_final(
     keep_merged: bool,
 ) -> None:
     """Save adapter, model, plot and last the result, each whole or not at all."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    # all processes take part where the weights lie in shards; the first one gets them
+    state: Any = trainer.accelerator.get_state_dict(model) if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
-        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        model = model if state is None else _gathered(model, state)
         inner = unwrap(model)
         adapted = model is not inner
         if adapted:
@@ -631,6 +641,23 @@ def _save_final(
         plot_curves(result, output_dir / "curves.png")
         write_json(output_dir / RESULT_FILE, asdict(result))
     trainer.accelerator.wait_for_everyone()
+
+
+def _gathered(model: Any, state: dict[str, Tensor]) -> Any:
+    """A copy on the CPU of a model that lies in shards, which can neither be merged nor saved."""
+    inner: Any = unwrap(model)
+    kind: Any = next(kind for kind in type(inner).__mro__ if not issubclass(kind, FSDPModule))
+    with torch.device("meta"):
+        whole = plain = kind(copy.deepcopy(inner.config))
+        if model is not inner:
+            from peft import get_peft_model
+
+            whole = get_peft_model(plain, model.active_peft_config)
+    whole.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    if inner.can_generate():
+        plain.generation_config = inner.generation_config
+    return whole
 
 
 def _publish(model: Any, tokenizer: PreTrainedTokenizerBase, output_dir: Path, name: str) -> None:

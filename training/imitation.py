@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hyena_hf.linear_attention import attention_mode
@@ -55,8 +56,11 @@ class FormerSelf:
         if not hasattr(student, "disable_adapter"):
             raise ValueError("a model that is trained in full is not its own teacher any more; give a copy of it")
         inner: Any = unwrap(student)
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         with torch.no_grad(), _evaluating(student), student.disable_adapter(), attention_mode(inner, "softmax"):
-            hidden = inner.base_model(**inputs, use_cache=False).last_hidden_state
+            for parameter in trained:  # PEFT has frozen them, and FSDP2 asks at its first forward what is trained
+                parameter.requires_grad_(requires_grad=True)
+            hidden = last_states(student, inputs)
         return hidden, head_of(inner)
 
 
@@ -99,10 +103,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def head_of(model: Any) -> Tensor:
-    """The matrix (V, D) that turns last hidden states into logits.
+    """The matrix (V, D) that turns last hidden states into logits, whole where it lies in shards.
 
     Raises:
-        ValueError: The model has none, or a bias beside it.
+        ValueError: The model has none, or a bias beside it; or it is trained and lies in shards.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
@@ -110,7 +114,14 @@ def head_of(model: Any) -> Tensor:
             f"{type(model).__name__} makes its logits by {type(head).__name__}; imitation needs a linear head without "
             f"a bias"
         )
-    return head.weight
+    if not isinstance(head.weight, DTensor):
+        return head.weight
+    if head.weight.requires_grad:
+        raise ValueError(
+            "the head is trained and was sharded again after the forward, so gradients of its use in the loss would "
+            "not be shared; call fully_shard on it with reshard_after_forward=False, as accelerate does"
+        )
+    return head.weight.full_tensor()
 
 
 def divergence_from_teacher(hidden: Tensor, head: Tensor, wanted: Tensor, wanted_head: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, set_seed
+from transformers.distributed.fsdp import is_fsdp_enabled
 from transformers.utils import logging as transformers_logging
 
 import hyena_hf  # noqa: F401  registers the Auto classes
@@ -115,7 +116,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()
     processes = PartialState(cpu=not torch.accelerator.is_available())
     model, tokenizer = load(options.model, DTYPES[options.dtype])
-    model.to(processes.device)
     documents = read_documents(options.data) if options.data else standard_library()
     documents = shorten(documents, SMOKE_CHARACTERS) if options.smoke else documents
     splits = split_documents(documents, validation=0.05, heldout=0, group=str if options.data else module_name)
@@ -155,10 +155,11 @@ def linearize(
 ) -> dict[str, Any]:
     """Convert a model, transfer its attention and train it further, or go on with a run that was interrupted.
 
-    Under torchrun every process trains on rows of its own; all measure, and the first one writes.
+    Under torchrun every process trains on rows of its own; all measure, and the first one writes. Under `accelerate
+    launch` with FSDP2 the model lies in shards during further training, and whole on every device before.
 
     Args:
-        model: A causal language model that `convert_attention` knows, on this process's device.
+        model: A causal language model that `convert_attention` knows; on the CPU, so that devices hold one copy.
         tokenizer: Saved with the models.
         train_rows: Text to learn from.
         held_out: Rows for perplexities by name; `"validation"` chooses the best checkpoint.
@@ -168,8 +169,13 @@ def linearize(
         The report, as in OUTPUT/linearize.json.
 
     Raises:
-        ValueError: The folder belongs to another run; the model cannot be converted.
+        ValueError: The folder belongs to another run; the model cannot be converted; a process has no weights.
     """
+    if is_fsdp_enabled():
+        raise ValueError(
+            "the transfer needs the weights in every process, and accelerate has loaded them in the first one only; "
+            "pass --fsdp_cpu_ram_efficient_loading false to accelerate launch"
+        )
     output = options.output
     this = {key: value for key, value in vars(options).items() if key not in ("output", "evaluate_every")}
     # what cannot be converted is refused before the folder is taken
@@ -240,13 +246,14 @@ class _Batches:
 
 
 def _convert(model: Any, options: argparse.Namespace) -> Any:
-    return convert_attention(
+    converted: Any = convert_attention(
         model,
         layers=options.layers or "all",
         feature_map=options.feature_map,
         feature_dim=options.feature_dim,
         window=options.window,
     )
+    return converted.to(PartialState(cpu=not torch.accelerator.is_available()).device)
 
 
 def _transfer(

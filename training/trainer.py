@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.fsdp import StateDictType
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 STAGING = "incomplete"  # beside the checkpoints; its name must not begin with "checkpoint-"
 STATE_FILE = "trainer_state.json"
+SHARDED_FILES = ("pytorch_model_fsdp.bin", "optimizer.bin")  # of FSDP2, gathered
 
 Penalty = Callable[[Any], torch.Tensor]  # of a model
 
@@ -72,6 +74,8 @@ class HyenaTrainer(Trainer):
         configured = vars(model.config).get("use_cache")
         super().__init__(model, args, callbacks=[self.clock, StablePoles(), *kwargs.pop("callbacks", [])], **kwargs)
         self._fixed_inputs: dict[str, Any] = {} if configured is None else {"use_cache": False}
+        if self.is_fsdp_enabled:
+            check_sharding(self.accelerator.state.fsdp_plugin)
         model.config.use_cache = configured  # Trainer has put its own choice there, and would save it with the model
         if configured is None:
             del vars(model.config)["use_cache"]
@@ -104,6 +108,14 @@ class HyenaTrainer(Trainer):
                 raise ValueError(f"{output_dir} holds no complete checkpoint to resume from; train without resuming")
             resume_from_checkpoint = str(last)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def load_best(self) -> None:
+        """Load the best checkpoint where there was no training, which shards the model."""
+        if self.is_fsdp_enabled:
+            self.create_optimizer()  # FSDP2 prepares no model without one
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.model
+        self._load_best_model()
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss without making a cache."""
@@ -229,6 +241,21 @@ class StablePoles(TrainerCallback):
                 module.project_()
 
 
+def check_sharding(plugin: Any) -> None:
+    """Refuse settings of accelerate's `FullyShardedDataParallelPlugin` with which a run could not be resumed or saved.
+
+    Raises:
+        ValueError: FSDP1, or checkpoints in shards.
+    """
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"models are sharded by FSDP2, got FSDP{plugin.fsdp_version}; pass --fsdp_version 2")
+    if plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
+        raise ValueError(
+            f"checkpoints are made of whole files, got {plugin.state_dict_type.name}; pass --fsdp_state_dict_type "
+            "FULL_STATE_DICT to accelerate launch"
+        )
+
+
 def publish(staged: Path, target: Path) -> None:
     """Move a folder that is whole to its place, as one step for anyone who looks; its files reach the disk before its
     name.
@@ -276,7 +303,8 @@ def _fault(checkpoint: Path, step: int) -> str | None:
         return f"{STATE_FILE} cannot be read ({error})"
     if not isinstance(state, dict) or state.get("global_step") != step:
         return f"{STATE_FILE} is not that of step {step}"
-    for name in ("optimizer.pt", "scheduler.pt"):
+    sharded = any((checkpoint / name).exists() for name in SHARDED_FILES)
+    for name in (*(SHARDED_FILES if sharded else ("optimizer.pt",)), "scheduler.pt"):
         if not zipfile.is_zipfile(checkpoint / name):
             return f"{name} is missing or truncated"
     weights = sorted(checkpoint.glob("*.safetensors"))
