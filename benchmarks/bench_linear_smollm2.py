@@ -231,7 +231,7 @@ def window_alone(plan: Plan, text: Text, output: Path) -> dict[str, Any]:
         learning_rate=plan.rate,
         weight_decay=0.0,
         warmup=0.02,
-        metric="loss",
+        metric="bits",
         evaluate_every=max(1, plan.steps // 4),
     )
     result = fine_tune(

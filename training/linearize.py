@@ -312,7 +312,7 @@ def _tuned(
         learning_rate=options.learning_rate,
         weight_decay=0.0,
         warmup=0.02,
-        metric="loss",
+        metric="bits",
         evaluate_every=options.evaluate_every,
         seed=options.seed,
     )
