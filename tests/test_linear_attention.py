@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hyena_hf.mixers.linear_attention import LinearAttention
 from hyena_hf.ops.attention_divergence import attention_divergence
 from hyena_hf.ops.linear_attention import (
     LinearState,
@@ -285,6 +286,31 @@ def test_features_of_keys_that_stay_inside_the_window_are_not_read(log: bool, si
     if size > 2:
         with pytest.raises(ValueError, match="last ones of a window"):
             causal_linear_attention(x.q, x.k[:, :, :-1], x.v, **options)
+
+
+@pytest.mark.parametrize("size", [0, 4], ids=lambda size: f"window {size}")
+@pytest.mark.parametrize("norm", [50, 100])
+@pytest.mark.parametrize("name", ["hedgehog", "hedgehog_softmax", "hedgehog_joint_softmax", "exp_2", "performer"])
+def test_gradients_are_finite_where_queries_and_keys_are_large_and_against_each_other(
+    name: str, norm: float, size: int
+) -> None:
+    """One strong channel of opposite signs: products of features are as small as the dtype allows."""
+    sizes = {"num_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "feature_dim": None, "max_length": 128}
+    layer = LinearAttention(**sizes, feature_map=name, window=size, scaling=1 / 8, is_causal=True)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        q, k, v = (torch.randn(1, heads, 128, 64) for heads in (4, 2, 2))
+        k[..., 3] += 24
+        q[..., 3 if seed else 5] -= 24
+        q, k = (norm * torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+        q.requires_grad_()
+        k.requires_grad_()
+        features = layer.query_features(q, None), layer.k_map(k)
+        y, _ = causal_linear_attention(*features, v, log_features=layer.is_log, window=layer.softmax_window(q, k))
+        loss = attention_divergence(*features, SoftmaxWindow(q / 8, k, 1), log_features=layer.is_log)
+        for total in (y.square().sum() * 2**16, loss * 2**16):  # as GradScaler has it
+            gradients = torch.autograd.grad(total, (q, k), retain_graph=True, materialize_grads=True)
+            assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 @every_form

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear_attention import SoftmaxWindow, _by_key_head, _grouped, _log_products
+from .linear_attention import SoftmaxWindow, _by_key_head, _grouped, _log_products, smallest_kept
 from .precision import outside_autocast
 
 
@@ -163,8 +163,8 @@ class _Products:
         if self._graph is not None:
             to_q, to_k = torch.autograd.grad(*self._graph, gradient)
             return to_q, to_k
-        tiny = torch.finfo(gradient.dtype).tiny
-        by_weight = torch.where(self._weights > tiny, gradient / self._weights, 0)
+        kept = self._weights > smallest_kept(gradient.dtype)
+        by_weight = torch.where(kept, gradient / self._weights, 0)
         to_q, to_k = by_weight @ self._k, by_weight.mT @ self._q
         return (to_q * self._q, to_k * self._k) if self._log_features else (to_q, to_k)
 

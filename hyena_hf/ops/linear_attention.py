@@ -13,9 +13,10 @@ Features come in one of two forms. Plain ones may have signs. Of positive ones t
 (`log_features=True`): exponential feature maps then neither overflow nor lose small features beside large ones. Sums
 are carried relative to a running maximum, of every feature for keys and of every token for queries, as online softmax
 does, and c_t is left out: window and linear weights share one scale, and no weight depends on what others happen to be
-in the window. Between the tokens of a chunk a weight is exact unless it lies e^87 (in float32) below the product of
+in the window. Between the tokens of a chunk a weight is exact unless it lies e^68 (in float32) below the product of
 the largest features of its query and key, and as far below that of its query with the largest keys of the chunk;
-outputs stay means of values beyond that.
+outputs stay means of values beyond that, but depend on which tokens share a chunk. Plain features have no scale: a
+query whose products with all keys are below 2e-30 (in float32) gets 0, or a mean of values without a gradient.
 
 Sums run in float32 at least, whatever the dtype of the inputs and under autocast: a normaliser in bfloat16 stops
 growing. Nothing is added to it: a query that sees no key gets 0.
@@ -51,6 +52,15 @@ CHUNK = 64
 
 # Chunks between which gradients keep a state; what lies inside is computed again.
 _KEPT_CHUNKS = 16
+
+
+def smallest_kept(dtype: torch.dtype) -> float:
+    """The smallest product of features that is told from nothing: gradients divide by it and are summed over keys.
+
+    That leaves them 2^27 before they overflow, for many keys and for losses that are scaled up (`GradScaler`).
+    """
+    return torch.finfo(dtype).tiny * 2.0**27
+
 
 # The logarithm of nothing: finite, so that the difference of two of them is no NaN.
 _NOTHING = -1e30
@@ -499,7 +509,7 @@ def _log_products(q: Tensor, k: Tensor) -> Tensor:
     of every key, for keys that differ much among each other; one relative to the largest key of every feature, for
     features that differ much in all of them, as biases make them. Where both underflow, a floor.
     """
-    tiny = torch.finfo(k.dtype).tiny
+    tiny = smallest_kept(k.dtype)
     q_top, k_top = (x.detach().amax(dim=-1, keepdim=True).clamp(min=_NOTHING) for x in (q, k))
     feature_top = k.detach().amax(dim=2, keepdim=True).clamp(min=_NOTHING)
     shifted = q + feature_top
@@ -581,7 +591,11 @@ def _normalised(linear: list[_Sums], near: _Sums | None, window: SoftmaxWindow |
             # queries whose window is empty keep nothing of it, whatever its weight
             sums = _add(sums, _Sums(near.values, torch.where(near.log_scale <= _NOTHING, near.log_scale, scale)))
     values, weight = sums.values.flatten(1, 2).split([sums.values.shape[-1] - 1, 1], dim=-1)
-    return values / torch.where(weight == 0, 1, weight)
+    lost = weight.abs() < smallest_kept(weight.dtype)
+    means = values / torch.where(lost, 1, weight)
+    with torch.no_grad():  # where a gradient would overflow
+        rest = values / torch.where(weight == 0, 1, weight)
+    return torch.where(lost, rest, means)
 
 
 def _add(a: _Sums, b: _Sums) -> _Sums:
