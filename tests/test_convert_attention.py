@@ -5,6 +5,7 @@ import functools
 import importlib.util
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -188,6 +189,46 @@ def test_packed_documents_do_not_see_each_other(family, way):
     alone = [model(part).logits[0] for part in (ids[:, :12], ids[:, 12:])]
     scale = max(1, packed.abs().max().item())
     torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=1e-9 * scale)
+
+
+@every_family
+@every_way
+@pytest.mark.parametrize("masked", [False, True], ids=["without a mask", "a mask of ones"])
+def test_documents_are_told_apart_by_their_ends_or_numbers_whatever_else_is_given(family, way, masked):
+    model, ids = converted(family, way), tokens(1, 24)
+    positions = torch.arange(24)[None]  # which run on
+    expected = torch.cat(
+        [model(ids[:, part], position_ids=positions[:, part]).logits for part in (slice(0, 10), slice(10, 24))], dim=1
+    )
+    mask = {"attention_mask": torch.ones_like(ids)} if masked else {}
+    numbers = torch.tensor([[0] * 10 + [1] * 14])
+    for described in ({"cu_seq_lens_q": torch.tensor([0, 10, 24])}, {"seq_idx": numbers}):
+        logits = model(ids, position_ids=positions, **described, **mask).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+        with pytest.raises(ValueError, match="packed documents cannot share a cache"):
+            model(ids, past_key_values=DynamicCache(config=model.config), **described)
+
+
+def test_documents_that_layers_of_softmax_attention_cannot_tell_apart_are_refused():
+    ids, ends = tokens(1, 24), torch.tensor([0, 10, 24])
+    encoder = convert_attention(stock_encoder(), layers=[0])
+    with pytest.raises(ValueError, match="convert all layers"):
+        encoder(ids, cu_seq_lens_q=ends)
+    mask = torch.ones_like(ids)
+    mask[0, 9] = 0
+    with pytest.raises(ValueError, match="a document of its own"):
+        converted("llama", "some layers")(ids, attention_mask=mask, cu_seq_lens_q=ends)
+
+
+@pytest.mark.parametrize(("family", "way"), [("llama", "window"), ("gpt2", "some layers")])
+def test_offloaded_weights_give_the_same_logits(family, way):
+    model, ids = converted(family, way), tokens(2, 20)
+    model.set_attn_implementation("eager")
+    expected = model(ids, output_attentions=True)
+    offloaded = accelerate.cpu_offload(model, execution_device="cpu")
+    found = offloaded(ids, output_attentions=True)
+    assert found.logits.equal(expected.logits)
+    assert all(a.equal(b) for a, b in zip(found.attentions, expected.attentions, strict=True))
 
 
 @every_family

@@ -48,10 +48,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from hyena_hf.cache import HyenaCacheLayer
 from hyena_hf.mixers.linear_attention import (
     LinearAttention,
-    attend_in_stream,
     init_linear_attention,
     wants_weights,
-    weights_in_stream,
 )
 from hyena_hf.modeling_hyena import HyenaModel, check_stream, real_tokens
 from hyena_hf.ops import Segments
@@ -96,10 +94,9 @@ def attend(
     *,
     weigh: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`attend_in_stream` of queries (B, L, H, P), keys and values (B, L, K, P): (B, L, H P), and weights if asked."""
+    """Attention of queries (B, L, H, P), keys and values (B, L, K, P): (B, L, H P), and weights if asked."""
     stream = torch.cat([x.flatten(2) for x in (q, k, v)], dim=-1)
-    weights = weights_in_stream(attention, stream, segments, cache_layer) if weigh else None
-    return attend_in_stream(attention, stream, segments, cache_layer), weights
+    return attention(stream, segments, cache_layer, weigh=weigh)
 
 
 class _RotaryAttention:
@@ -287,26 +284,31 @@ class _Converted(_Loaded):
                 the sequence without them, in encoders too.
             position_ids: Counted without masked tokens where left out. (Stock BERT and a plain forward of stock GPT-2
                 count those as well, so with left padding they differ from the sequence alone; given positions are used
-                as they are.)
-            kwargs: Those of the family. `output_attentions` gives weights of all layers with eager attention; behind
-                tokens in a cache there are none, and it is refused.
+                as they are.) Without a mask and a cache a document begins wherever they do not rise by one.
+            kwargs: Those of the family. `seq_idx` and `cu_seq_lens_q` divide packed batches, as in `HyenaModel`.
+                `output_attentions` gives weights of all layers with eager attention; behind tokens in a cache there
+                are none, and it is refused.
+
+        Raises:
+            ValueError: Packed documents behind a cache, or in layers that cannot tell them apart.
         """
         config = self.config
         batch, length, device = check_stream(input_ids, inputs_embeds, config)
         stream: Any = input_ids if input_ids is not None else inputs_embeds
         cache, layers = past_key_values, []
-        packed = (
-            cache is None
-            and attention_mask is None
-            and document_starts(
-                batch,
-                length,
-                seq_idx=kwargs.get("seq_idx"),
-                cu_seq_lens=kwargs.get("cu_seq_lens_q"),
-                position_ids=position_ids,
-            )
+        told = attention_mask is not None or cache is not None
+        starts = document_starts(
+            batch,
+            length,
+            seq_idx=kwargs.get("seq_idx"),
+            cu_seq_lens=kwargs.get("cu_seq_lens_q"),
+            position_ids=None if told else position_ids,
         )
-        starts = packed if isinstance(packed, Tensor) else None
+        if starts is not None and cache is not None:
+            raise ValueError(
+                "packed documents cannot share a cache with what follows them; leave past_key_values out, or give "
+                "each document its own row"
+            )
         use_cache = self._uses_cache(use_cache) and starts is None
         if use_cache and cache is None:
             cache = DynamicCache(config=config)
@@ -321,7 +323,9 @@ class _Converted(_Loaded):
         output = super().forward(  # pyright: ignore (the stock class stands behind)
             # GPT-2 views what a chunked prefill slices
             input_ids=None if input_ids is None else input_ids.contiguous(),
-            attention_mask=self._softmax_mask(stream, attention_mask, position_ids, cache),
+            attention_mask=self._softmax_mask(
+                stream, attention_mask, position_ids, cache, None if starts is None else segments
+            ),
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             segments=segments,
@@ -355,26 +359,60 @@ class _Converted(_Loaded):
         return bool(wanted) and not checkpointing and not (use_cache is None and is_replaced(self))
 
     def _softmax_mask(
-        self, stream: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Cache | None
+        self,
+        stream: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        cache: Cache | None,
+        packed: Segments | None,
     ) -> Any:
-        """What the layers with softmax attention get; where there are none, something that makes no square mask."""
+        """What the layers with softmax attention get; where there are none, something that makes no square mask.
+
+        Args:
+            stream: Ids (B, L) or embeddings (B, L, D).
+            attention_mask: As in `forward`.
+            position_ids: (B, L).
+            cache: The call's, or None.
+            packed: Where documents are packed: how.
+        """
         softmax = {kind for kind in self.config.layer_types if kind != HEDGEHOG}
         unused = torch.zeros(1, 1, 1, 1, device=stream.device)
+        if packed is not None and softmax:
+            attention_mask = self._without_padding(attention_mask)
+            position_ids = packed.positions  # by which transformers tells documents apart
         if not self.masks_by_type:
             if not softmax:
                 return unused
-            return None if attention_mask is None else attention_mask.contiguous()
+            if packed is None:
+                return None if attention_mask is None else attention_mask.contiguous()
+            return self._mask_of("full_attention", stream, attention_mask, position_ids, cache)
         masks: dict[str, Any] = {HEDGEHOG: None}
-        for kind in softmax:
-            make = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
-            masks[kind] = make(
-                config=self.config,
-                inputs_embeds=stream if stream.ndim == 3 else stream.unsqueeze(-1).to(self.dtype),  # pyright: ignore
-                attention_mask=attention_mask,
-                past_key_values=cache,
-                position_ids=position_ids,
+        return masks | {kind: self._mask_of(kind, stream, attention_mask, position_ids, cache) for kind in softmax}
+
+    def _mask_of(
+        self, kind: str, stream: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Cache | None
+    ) -> Any:
+        make = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
+        return make(
+            config=self.config,
+            inputs_embeds=stream if stream.ndim == 3 else stream.unsqueeze(-1).to(self.dtype),  # pyright: ignore
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids,
+        )
+
+    def _without_padding(self, attention_mask: Tensor | None) -> None:
+        """Refuse what layers with softmax attention cannot do with packed documents."""
+        if not self._is_decoder():
+            raise ValueError(
+                "layers of this encoder that keep softmax attention cannot tell packed documents apart; give each "
+                "document its own row, or convert all layers"
             )
-        return masks
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise ValueError(
+                "packed documents with masked tokens among them cannot be told apart by the layers that keep softmax "
+                "attention; leave attention_mask out and make the padding a document of its own"
+            )
 
 
 def _layers_of(cache: Cache, config: Any, owner: int, batch: int) -> list[HyenaCacheLayer]:

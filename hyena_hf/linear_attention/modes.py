@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hyena_hf.mixers.linear_attention import LinearAttention, Replacement
 from hyena_hf.ops.linear_attention import bidirectional_linear_attention, causal_linear_attention
+from hyena_hf.ops.precision import outside_autocast
 
 
 Mode = Literal["softmax", "window", "linear"]
@@ -91,6 +92,7 @@ def visible_keys(layer: LinearAttention, length: int, filled: Tensor | None, dev
     return visible & filled.index_fill(1, first, True)[:, None, None, :]
 
 
+@outside_autocast
 def softmax_log_weights(layer: LinearAttention, q: Tensor, k: Tensor, filled: Tensor | None) -> Tensor:
     """Logarithms of the weights of softmax attention (R, H, n, n) in float32 at least, -inf for hidden keys."""
     exact = torch.promote_types(q.dtype, torch.float32)

@@ -42,6 +42,7 @@ from hyena_hf.ops.linear_attention import (
     causal_linear_attention,
     linear_attention_log_weights,
 )
+from hyena_hf.ops.precision import outside_autocast
 
 from .modes import MODES, attention_mode, linear_attentions, replaced_attention, softmax_log_weights, visible_keys
 
@@ -294,6 +295,7 @@ def _train(
     return losses
 
 
+@outside_autocast
 def _weighted(layer: LinearAttention, weights: Tensor, v: Tensor) -> Tensor:
     """Weights (R, H, n, n) times values (R, K, n, P)."""
     return weights @ v.repeat_interleave(layer.num_heads // layer.num_key_value_heads, dim=1)

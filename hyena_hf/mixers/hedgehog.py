@@ -8,7 +8,7 @@ from hyena_hf.configuration_hyena import HyenaConfig
 from hyena_hf.ops import Segments
 
 from .attention import AttentionWeights, HeadProjections
-from .linear_attention import LinearAttention, attend_in_stream, wants_weights, weights_in_stream
+from .linear_attention import LinearAttention, wants_weights
 
 
 class HedgehogMixer(HeadProjections):
@@ -60,9 +60,10 @@ class HedgehogMixer(HeadProjections):
             (B, L, D).
         """
         stream = self.project(hidden_states, position_embeddings)
-        if wants_weights(self.config, kwargs):
-            self.weights(weights_in_stream(self.attention, stream, segments, cache_layer))
-        return self.out_proj(attend_in_stream(self.attention, stream, segments, cache_layer))
+        y, weights = self.attention(stream, segments, cache_layer, weigh=wants_weights(self.config, kwargs))
+        if weights is not None:
+            self.weights(weights)
+        return self.out_proj(y)
 
 
 __all__ = ["HedgehogMixer"]

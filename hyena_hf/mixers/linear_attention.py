@@ -81,6 +81,18 @@ class LinearAttention(nn.Module):
         weight = self.initial_window_weight
         return torch.full((self.num_heads,), math.log(weight / (1 - weight)))
 
+    def forward(
+        self,
+        stream: Tensor,
+        segments: Segments | None = None,
+        cache_layer: HyenaCacheLayer | None = None,
+        *,
+        weigh: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`attend_in_stream`, and `weights_in_stream` if asked: a call, as hooks that load parameters wait for it."""
+        weights = weights_in_stream(self, stream, segments, cache_layer) if weigh else None
+        return attend_in_stream(self, stream, segments, cache_layer), weights
+
     def respond(
         self,
         q: Tensor,
@@ -274,4 +286,4 @@ def wants_weights(config: Any, options: dict) -> bool:
     return bool(asked) and config._attn_implementation == "eager"
 
 
-__all__ = ["LinearAttention", "attend_in_stream", "init_linear_attention", "wants_weights", "weights_in_stream"]
+__all__ = ["LinearAttention", "init_linear_attention", "wants_weights"]
