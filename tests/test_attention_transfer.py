@@ -217,6 +217,23 @@ def test_a_work_folder_belongs_to_one_transfer(tmp_path):
         attention_transfer(model, batches(), steps=2, loss="both", work_dir=tmp_path)
 
 
+def test_training_where_nothing_can_be_trained_is_refused():
+    with torch.inference_mode(), pytest.raises(ValueError, match="outside of it"):
+        attention_transfer(converted("llama", "pure").float(), batches(), steps=1)
+
+
+def test_autocast_does_not_lower_the_precision_of_what_a_report_measures():
+    model = converted("llama", "window").float()
+    expected = measure_layers(model, batches())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = measure_layers(model, batches())
+    # the first layer's inputs are those of projections in bfloat16, its weights are not
+    assert found[0].teacher_entropy != pytest.approx(
+        float(torch.tensor(found[0].teacher_entropy).bfloat16()), abs=1e-9
+    )
+    assert found[0].kl == pytest.approx(expected[0].kl, rel=0.05)
+
+
 def test_batches_without_a_token_are_refused():
     ids = tokens(2, 9)
     batch = {"input_ids": ids, "attention_mask": torch.zeros_like(ids)}

@@ -217,10 +217,18 @@ def test_bad_commands_are_refused(folder, tmp_path, capsys):
     assert "vanish in bfloat16" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no GGUF file"):
         load(str(tmp_path / "missing.gguf"), torch.float32)
-    for flags, message in ((("--window", "-1"), "window"), (("--layers", "7"), "of the 2 layers")):
-        with pytest.raises(ValueError, match=message):
-            run(folder, tmp_path / "bad", *flags, "--steps", "1")
-        assert not (tmp_path / "bad").exists()
+    with pytest.raises(ValueError, match="of the 2 layers"):
+        run(folder, tmp_path / "bad", "--layers", "7", "--steps", "1")
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", ["--batch-size 0", "--rows 0", "--steps -1", "--transfer-steps -1", "--window -1", "--length 1"]
+)
+def test_sizes_that_make_no_run_are_refused_before_anything_is_loaded(flags, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["model", "out", *flags.split()])
+    assert "must be at least" in capsys.readouterr().err
 
 
 def test_two_processes_do_what_one_does_on_their_rows_together(folder, tmp_path):

@@ -61,6 +61,7 @@ from training.warmup import Stage
 COMMAND, REPORT = "command.json", "linearize.json"
 RANK = 16  # of adapters
 CHOOSING_ROWS = 16  # of the validation text, for the losses that choose the best checkpoint
+LEAST = {"length": 2, "rows": 1, "batch_size": 1, "transfer_steps": 0, "steps": 0, "window": 0}  # of flags
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -84,6 +85,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if options.smoke:
         options.batch_size, options.steps, options.transfer_steps = 2, 4, 4
         options.length, options.rows = min(options.length, 64), 4
+    for name, least in LEAST.items():
+        if getattr(options, name) < least:
+            parser.error(f"--{name.replace('_', '-')} ({getattr(options, name)}) must be at least {least}")
     if options.full and options.lora is not None:
         parser.error("--full trains everything; leave --lora out")
     if options.full and options.dtype != "float32":

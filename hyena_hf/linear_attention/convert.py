@@ -45,6 +45,7 @@ def convert_attention(
     Returns:
         A model of its own type (`hedgehog_llama`, ...) in the mode and on the device of the one given. Weights keep
         their dtypes, and are frozen where those given are; maps are in the dtype of the model and can be trained.
+        Converted layers have no dropout of attention weights, which they never hold; layers that stay keep theirs.
 
     Raises:
         TypeError: `model` is no transformers model.

@@ -142,6 +142,8 @@ def attention_transfer(
         raise ValueError(f"loss is {loss!r}; choose 'weights', 'outputs' or 'both'")
     if steps < 1 or not learning_rate > 0:
         raise ValueError(f"steps ({steps}) must be at least 1 and learning_rate ({learning_rate}) above 0")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("nothing can be trained inside torch.inference_mode(); call attention_transfer outside of it")
     layers = linear_attentions(model)
     held_out = None if held_out is None else list(held_out)
     if held_out is not None:
