@@ -15,6 +15,7 @@ There are no caches meanwhile: `generate` reads everything again for every token
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -52,14 +53,23 @@ def is_replaced(model: Any) -> bool:
 def replaced_attention(model: nn.Module, replacements: dict[int, Replacement]) -> Iterator[None]:
     """Compute the attention of some converted layers by other functions inside a `with` block; without caches."""
     layers = linear_attentions(model)
-    before = {index: layers[index].replacement for index in replacements}
+    before = []
     for index, replacement in replacements.items():
-        layers[index].replacement = replacement
+        layer = layers[index]
+        # PEFT puts a module of its own around the original and its trained copies, and calls one of these
+        inside = [module for module in layer.modules() if isinstance(module, LinearAttention)]
+        before += [(module, module.replacement) for module in inside]
+        for module in inside:
+            module.replacement = replacement if module is layer else partial(_for_wrapper, replacement, layer)
     try:
         yield
     finally:
-        for index, replacement in before.items():
-            layers[index].replacement = replacement
+        for module, replacement in before:
+            module.replacement = replacement
+
+
+def _for_wrapper(replacement: Replacement, wrapper: Any, _: LinearAttention, *operands: Any) -> Tensor:
+    return replacement(wrapper, *operands)
 
 
 @contextmanager
