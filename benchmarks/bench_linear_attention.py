@@ -614,7 +614,7 @@ def main() -> None:
     parser.add_argument("--model", default=PUBLISHED)
     parser.add_argument("--trained", nargs="+", default=[])
     own, sys.argv[1:] = parser.parse_known_args()
-    source = Source(None, ()) if "--smoke" in sys.argv else Source(own.model, tuple(own.trained))
+    source = Source(None) if "--smoke" in sys.argv else Source(own.model, tuple(own.trained))
     sections = {key: partial(section, source=source) for key, section in SECTIONS.items()}
     run_sections("linear_attention", "Linear attention from trained attention", __doc__, sections)
 
